@@ -36,7 +36,7 @@ _REQUIRED_FREE_BYTES = 500 * 1024**2
 _REQUEST_TIMEOUT_S = 5.0
 _PROBE_TIMEOUT_S = 60.0
 _NO_LIST_STATUSES = (404, 405, 501)  # the server has no list of models
-_MODEL_ROLES = ("policy", "critic", "judge")
+_MODEL_ROLES = ("policy", "critic", "judge", "generator")
 
 
 @dataclass(frozen=True)

@@ -97,7 +97,9 @@ def make_erasure_plan(store: Store, identifiers: Sequence[str]) -> ErasurePlan:
         if found:
             num_records[topic], newest[topic] = len(found), created_at
             record_ids += found
-    tables = " UNION ALL ".join(f"SELECT prompt_id, origin FROM raw.{table}" for table in _IMPORTED_TABLES)
+    # The origin of a generated prompt is a recipe, and no file contains its text.
+    generated = {"prompts": "WHERE recipe_item IS NULL"}
+    tables = " UNION ALL ".join(f"SELECT prompt_id, origin FROM raw.{t} {generated.get(t, '')}" for t in _IMPORTED_TABLES)
     sql = f"SELECT DISTINCT origin FROM ({tables}) WHERE origin <> '' AND prompt_id IN (SELECT unnest(?::UUID[])) ORDER BY 1"
     origins = [origin for (origin,) in store.query(sql, [sorted(prompt_ids)]).rows]
     return ErasurePlan(sorted(prompt_ids), prompts, num_records, newest, record_ids, origins)

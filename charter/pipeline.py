@@ -14,6 +14,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from charter import custom_stage
+from charter.budget import make_budget
 from charter.configurations import claim_configuration, describe_stages
 from charter.connect import open_sink_lock, open_store
 from charter.installation import get_install_command
@@ -27,7 +28,7 @@ from consumers.contrast import ContrastStage
 from consumers.critique import CritiqueStage
 from consumers.grade import GradeStage
 from consumers.graders.custom import load_grader
-from consumers.graders.instructions import InstructionsGrader, require_language_detector
+from consumers.graders.instructions import InstructionsGrader
 from consumers.graders.interface import Grader
 from consumers.graders.length import LengthGrader
 from consumers.graders.one_sentence import OneSentenceGrader
@@ -37,12 +38,13 @@ from consumers.judge import JudgeStage
 from consumers.respond import ContrastPrompts, RespondStage
 from consumers.revise import ReviseStage
 from consumers.sink import Sink
-from engine.budget import Budget, parse_prices
+from engine.budget import Budget
 from engine.bus.port import Bus
 from engine.crash_journal import CrashJournal, FaultLog
 from engine.errors import ModelUnreachable, UsageError
 from engine.host import Host, ThreadTarget
 from engine.instances import InstanceLease, ServiceLease
+from engine.languages import require_language_detector
 from engine.models.interface import Model
 from engine.pacing import PacedAdmission, TrainingLoopHistory
 from engine.pairing import CONTRAST_PAIRING, name_pairing
@@ -270,7 +272,11 @@ def make_grade_stage(settings: Settings, models: RoleModels, constitution: Const
         elif name == "one-sentence":
             graders.append(OneSentenceGrader())
         elif name == "instructions":
-            require_language_detector(f"type: {get_install_command('eval')}")
+            require_language_detector(
+                "the grader instructions",
+                "some instructions ask for a response in one language",
+                f"type: {get_install_command('eval')}",
+            )
             graders.append(InstructionsGrader())
         elif name == PRINCIPLES_GRADER:
             graders.append(make_principles_grader(settings, models, constitution))
@@ -324,7 +330,8 @@ def make_host(
         resources.callback(models.close)
         lease = None if instance else InstanceLease(settings.folder / "instances")
         instance_name = instance or (lease.name if lease else "")
-        budget = _make_budget(settings, models, bus, stages)
+        roles = {role for stage in stages if (role := get_stage_role(stage, settings))}
+        budget = make_budget(settings, models, bus, roles, admits_prompts="respond" in stages)
         tracing = open_tracing(settings)
         for resource in (lease, budget, tracing):
             if resource:
@@ -516,29 +523,6 @@ def _make_worker(
 def make_pacing(stage: str, settings: Settings, bus: Bus) -> PacedAdmission | None:
     """Return what holds new prompts while a training loop wants no further completions. Only the stage respond has it."""
     return PacedAdmission(bus, settings.respond.num_completions) if stage == "respond" else None
-
-
-def _make_budget(settings: Settings, models: RoleModels, bus: Bus, stages: Sequence[str]) -> Budget | None:
-    """Return the token and cost limit of these stages. Return None if there is no limit.
-
-    Raises UsageError if there is a cost limit but the price of an endpoint is missing.
-    """
-    budget = settings.budget
-    prices = parse_prices(budget.prices)
-    roles = {role for stage in stages if (role := get_stage_role(stage, settings))}
-    specs = {models.get_spec(role) for role in roles} if budget.max_cost else set()
-    for spec in specs:
-        model_name = spec.partition("#")[2]
-        if is_endpoint(spec) and model_name not in prices:
-            raise UsageError(
-                f"budget.max_cost cannot limit the cost of {model_name}",
-                "budget.prices has no price for this model",
-                f'add its prices per million tokens (prompt/completion): --set "budget.prices={model_name}=0.15/0.60"',
-            )
-    # The token limit stops only new prompts, so only the respond stage needs this limit.
-    if not budget.max_cost and not (budget.max_tokens and "respond" in stages):
-        return None
-    return Budget(bus, settings.run.id, max_tokens=budget.max_tokens, max_cost=budget.max_cost, prices=prices)
 
 
 class _SinkService:

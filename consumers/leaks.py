@@ -24,9 +24,9 @@ from dataclasses import dataclass, replace
 from constitutions.loader import FewShotExample
 from consumers import templates
 from engine.notices import NOTICES
+from engine.words import extract_ngrams, measure_copying, split_words
 from schemas.records import ChatMessage, RejectionReason
 
-_NGRAM_SIZE = 5
 _MAX_COPIED_FRACTION = 0.5
 _MAX_COPIED_CRITIQUE_FRACTION = 0.8  # a critique names the problem in the words of its instruction
 _MAX_INSTRUCTION_RUN = 10
@@ -65,33 +65,6 @@ class CheckedText:
     def add_leak(self, part: str, reason: RejectionReason = RejectionReason.NONE) -> CheckedText:
         first_reason = self.rejection_reason if self.rejection_reason is not RejectionReason.NONE else reason
         return replace(self, leaks=(*self.leaks, part), rejection_reason=first_reason)
-
-
-def _split_words(text: str) -> list[str]:
-    return re.findall(r"\w+", text.lower())
-
-
-def extract_ngrams(text: str) -> set[tuple[str, ...]]:
-    """Return the word n-grams of a text, in lower case and without punctuation."""
-    words = _split_words(text)
-    return {tuple(words[i : i + _NGRAM_SIZE]) for i in range(len(words) - _NGRAM_SIZE + 1)}
-
-
-def measure_copying(text: str, source: str, allowed: set[tuple[str, ...]]) -> tuple[float, int]:
-    """Return the fraction of a text's words that are in n-grams of the source, and the largest number of such words in a row.
-
-    N-grams in `allowed` are not counted.
-    """
-    words, copied = _split_words(text), extract_ngrams(source) - allowed
-    is_copied = [False] * len(words)
-    for i in range(len(words) - _NGRAM_SIZE + 1):
-        if tuple(words[i : i + _NGRAM_SIZE]) in copied:
-            is_copied[i : i + _NGRAM_SIZE] = [True] * _NGRAM_SIZE
-    longest = run = 0
-    for word_is_copied in is_copied:
-        run = run + 1 if word_is_copied else 0
-        longest = max(longest, run)
-    return sum(is_copied) / max(1, len(words)), longest
 
 
 def strip_formatting(text: str) -> CheckedText:
@@ -165,8 +138,8 @@ def _check_frame(text: str, messages: Sequence[ChatMessage], response: str) -> C
     }
     if any(match[0].strip() not in own_headings for match in _HEADING.finditer(checked.text)):
         checked = checked.add_leak("heading", RejectionReason.LEAK)
-    words = _split_words(checked.text)
-    if words and any(message.role != "assistant" and _split_words(message.content) == words for message in messages):
+    words = split_words(checked.text)
+    if words and any(message.role != "assistant" and split_words(message.content) == words for message in messages):
         checked = checked.add_leak("conversation", RejectionReason.LEAK)
     return checked
 

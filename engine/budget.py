@@ -1,6 +1,7 @@
 """Limit the number of tokens of a run. If the models have prices, also limit the cost of the run.
 
-At the token limit the run accepts no new prompts and finishes the prompts in progress. At the cost limit every stage pauses.
+At the token limit the run accepts and generates no new prompts and finishes the prompts in progress. At the cost limit every stage
+and the generator pause.
 Requests that are already in progress still cost money. No record is lost. After a limit is raised, the run continues.
 
 The usage is computed from the records. So all instances of all stages compute the same total, even after a restart.
@@ -18,11 +19,12 @@ from dataclasses import dataclass
 from engine.bus.port import Bus, ConsumerRecord
 from engine.errors import UsageError
 from schemas.codec import RecordError, decode_any_record
-from schemas.records import Record
+from schemas.records import ProducerOffset, Record
 
 logger = logging.getLogger("charter.budget")
 
-_METERED_TOPICS = ("responses", "critiques", "revisions", "preferences")
+_METERED_TOPICS = ("responses", "critiques", "revisions", "preferences", "producer-offsets")
+_ADMITTING = ("respond", "generate")  # the token limit stops these
 _POLL_INTERVAL_S = 1.0
 _MAX_POLL_RECORDS = 1000
 _PRICE_UNIT_TOKENS = 1_000_000
@@ -66,6 +68,7 @@ class Budget:
     ) -> None:
         self.run_id, self.max_tokens, self.max_cost, self.prices = run_id, max_tokens, max_cost, prices or {}
         self.tokens, self.cost = 0, 0.0
+        self.generated: dict[str, tuple[int, int]] = {}  # the newest sums of each generator, by the id of its position
         self.num_erased = 0  # records without a value, whose tokens are unknown
         self.run_header = ("run", run_id.encode())
         ends = bus.end_offsets(list(_METERED_TOPICS))
@@ -89,7 +92,7 @@ class Budget:
                 while self.read_usage(0.0):
                     pass
                 self.next_poll_at = time.monotonic() + _POLL_INTERVAL_S
-            return self.is_within_cost_limit() and (stage != "respond" or self.is_within_token_limit())
+            return self.is_within_cost_limit() and (stage not in _ADMITTING or self.is_within_token_limit())
 
     def is_within_token_limit(self) -> bool:
         if not self.max_tokens or self.tokens < self.max_tokens:
@@ -126,9 +129,14 @@ class Budget:
             record: Record = decode_any_record(consumer_record.value)
         except RecordError:  # the stage that reads this topic makes a dead letter of the record
             return
-        self.tokens += record.prompt_tokens + record.completion_tokens
+        prompt_tokens, completion_tokens = record.prompt_tokens, record.completion_tokens
+        if isinstance(record, ProducerOffset):  # it has the sums over all indexes of the generator
+            before = self.generated.get(record.record_id, (0, 0))
+            self.generated[record.record_id] = (prompt_tokens, completion_tokens)
+            prompt_tokens, completion_tokens = prompt_tokens - before[0], completion_tokens - before[1]
+        self.tokens += prompt_tokens + completion_tokens
         if record.model and (price := self.prices.get(record.model.id)):
-            self.cost += price.compute_cost(record.prompt_tokens, record.completion_tokens)
+            self.cost += price.compute_cost(prompt_tokens, completion_tokens)
 
     def close(self) -> None:
         self.reader.close()

@@ -23,6 +23,7 @@
     +-- RequestFailed               a model server fails for this record, but not for others; the record is tried again
     +-- TrainingFailed              training on this batch failed; nothing was saved
     +-- TooManyDeadLetters          too many consecutive records failed in the same way
+    +-- TooFewPrompts               the generator's model writes no new prompts any more
     +-- DataFolderVersionMismatch   the data folder was written by another version of Charter
 
 `str(error)` has three lines: what happened, why, and what to type.
@@ -150,6 +151,10 @@ class TrainingFailed(CharterError):
 
 class TooManyDeadLetters(CharterError):
     """Too many consecutive records failed in the same way. The stage stops and does not write further dead letters."""
+
+
+class TooFewPrompts(CharterError):
+    """The model of a generator has written no acceptable prompt for many requests. The generator stops."""
 
 
 class DataFolderVersionMismatch(CharterError):

@@ -59,12 +59,12 @@ class InstanceLease:
         os.close(self.descriptor)
 
 
-SERVICES = ("sink", "trainer")
+SERVICES = ("sink", "trainer", "generator")
 _SERVICES_FOLDER = "services"
 
 
 class ServiceLease:
-    """Shows that a service (sink, trainer) of a data folder runs, until `close` or the end of the process.
+    """Shows that a service (sink, trainer, generator) of a data folder runs, until `close` or the end of the process.
 
     It is a locked file. Its name has the service, the host and the process id. The lock is taken before the file gets this name.
     """

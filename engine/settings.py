@@ -271,6 +271,9 @@ class ModelsSettings(_Section):
     )
     critic: str = Field("", description="Model that writes critiques and revisions. If empty, version 0 of the policy is used.")
     judge: str = Field("", description="Model that labels preference pairs. If empty, version 0 of the policy is used.")
+    generator: str = Field(
+        "", description="Model that `produce --generate` samples new prompts from. If empty, version 0 of the policy is used."
+    )
     follow: list[Literal["critic", "judge"]] = Field(
         [], description="Roles (critic, judge) that use the newest policy instead of a fixed model."
     )
@@ -320,6 +323,34 @@ class PromptsSettings(_Section):
         ge=0,
         lt=1,
         description="Fraction of prompts that only RL trains on. The others train the reward model. 0 does not divide them. Needs a training loop.",
+    )
+    duplicate_threshold: float = Field(
+        0.6,
+        ge=0.5,
+        le=1,
+        description="Similarity from which two prompts are near-duplicates: their shared words and word pairs, divided by all of theirs.",
+    )
+
+
+class GenerateSettings(_Section):
+    recipe: str = Field(
+        "default",
+        description="Recipe of `produce --generate`: the name of a recipe that Charter includes, or path of a TOML file.",
+    )
+    seed: int = Field(0, ge=0, description="Random seed of generated prompts. Another seed is another sequence of prompts.")
+    batch_size: int = Field(
+        8, ge=1, description="Number of requests to the model for one index. Their prompts are published in one transaction."
+    )
+    temperature: float = Field(1.0, gt=0, description="Sampling temperature of generated prompts.")
+    top_p: float = Field(0.95, gt=0, le=1, description="Threshold of nucleus sampling of generated prompts.")
+    max_tokens: int = Field(128, ge=8, description="Maximum length of one response of the generator in tokens.")
+    max_waiting: int = Field(
+        256,
+        ge=0,
+        description="Number of prompts that wait for the stage respond, from which the generator waits. 0 means no limit.",
+    )
+    max_fruitless: int = Field(
+        20, ge=1, description="Number of consecutive indexes without an accepted prompt after which the generator stops."
     )
 
 
@@ -922,6 +953,7 @@ class Settings(BaseSettings):
     run: RunSettings = RunSettings()
     models: ModelsSettings = ModelsSettings()
     prompts: PromptsSettings = PromptsSettings()
+    generate: GenerateSettings = GenerateSettings()
     respond: RespondSettings = RespondSettings()
     critique: CritiqueSettings = CritiqueSettings()
     revise: ReviseSettings = ReviseSettings()

@@ -240,3 +240,13 @@ SELECT labels, both_orders, flips, share(flips, both_orders) AS flip_rate, uncer
        coalesce(metrics['reward/held_out'], 0)::BIGINT AS held_out, metrics['reward/accuracy'] AS reward_accuracy,
        metrics['reward/length_accuracy'] AS length_accuracy
 FROM counted, written, people, reward;
+
+-- How many of the texts that a generator sampled became prompts (producers/generate.py). One row is a recipe and a seed in a run, with
+-- its newest position. `rejected` counts the other texts by reason. Texts over the limit of a command do not count for the yield.
+CREATE OR REPLACE VIEW generation_stats AS
+WITH counted AS (
+    SELECT *, published + coalesce(list_sum(map_values(rejected)), 0)::BIGINT - coalesce(rejected['over_limit'], 0) AS texts
+    FROM producer_offsets WHERE stage = 'generate')
+SELECT run_id, name AS recipe, recipe_hash, seed, model.id AS model, next_line AS next_index, published, texts,
+       share(published, texts) AS yield, rejected, prompt_tokens, completion_tokens, created_at
+FROM counted;

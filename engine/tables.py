@@ -9,7 +9,8 @@ row has these columns:
 * `is_duplicate`: true if an earlier row has the same record id;
 * `content_mismatch`: true if the row is a duplicate with different content.
 
-For each raw table, a view of the same name in `main` selects the rows that are not duplicates. All other views use these views.
+For each raw table, a view of the same name in `main` selects the rows that are not duplicates. All other views use these views. The
+view `producer_offsets` selects the newest position of each producer instead.
 They are defined in `views.sql` (training data and traces), `stats_views.sql` (statistics), `monitor_views.sql` (reward hacking),
 `training_views.sql` (training progress), `suite_views.sql` and `suite_result_views.sql` (evaluation suites).
 """
@@ -29,14 +30,14 @@ from pydantic import BaseModel
 
 from engine.eligibility import ELIGIBILITY_MACROS
 from engine.models.control_tokens import MARKER_MACRO
-from schemas.records import Erasure, Float32, Identifier, Record
+from schemas.records import Erasure, Float32, Identifier, ProducerOffset, Record
 from schemas.topics import TOPICS, TopicSpec
 
 _VIEW_FILES = tuple(
     Path(__file__).with_name(f"{name}.sql")
     for name in ("views", "stats_views", "monitor_views", "training_views", "suite_views", "suite_result_views")
 )
-FORMAT_VERSION = 13
+FORMAT_VERSION = 14
 _PRIMITIVE_TYPES: dict[Any, tuple[str, pa.DataType]] = {
     str: ("VARCHAR", pa.string()),
     int: ("BIGINT", pa.int64()),
@@ -117,6 +118,11 @@ def list_columns(spec: TopicSpec) -> list[tuple[str, str]]:
     return [*((name, sql) for name, (sql, _) in (_get_columns(spec.record_class) | _SINK_COLUMNS).items()), *_DUPLICATE_FLAGS]
 
 
+def _is_position(spec: TopicSpec) -> bool:
+    """Return whether a record of the topic replaces the earlier records with its id, as the position of a producer does."""
+    return spec.record_class is ProducerOffset
+
+
 def _build_create_table(spec: TopicSpec) -> str:
     fields = ", ".join(f'"{name}" {sql}' for name, sql in list_columns(spec))
     return f"CREATE TABLE IF NOT EXISTS raw.{spec.table} ({fields})"
@@ -124,6 +130,9 @@ def _build_create_table(spec: TopicSpec) -> str:
 
 def _build_deduplication_query(spec: TopicSpec) -> str:
     sink_columns = "_partition, _offset, content_hash, is_duplicate, content_mismatch"
+    if _is_position(spec):
+        newest = "QUALIFY row_number() OVER (PARTITION BY record_id ORDER BY next_line DESC, commit_seq) = 1"
+        return f"SELECT * EXCLUDE ({sink_columns}) FROM raw.{spec.table} {newest}"
     return f"SELECT * EXCLUDE ({sink_columns}) FROM raw.{spec.table} WHERE NOT is_duplicate"
 
 
@@ -179,14 +188,21 @@ def build_duplicate_count(table: str) -> str:
         WHERE one.run_id IS DISTINCT FROM again.run_id))"""
 
 
+def _build_duplicate_counts(spec: TopicSpec) -> str:
+    """Return the columns `duplicates` and `content_mismatches` of a topic. A later position of a producer is no duplicate."""
+    if _is_position(spec):
+        return "count(*) - count(DISTINCT (record_id, next_line)) AS duplicates, 0 AS content_mismatches"
+    duplicates = build_duplicate_count(spec.table)
+    return f"{duplicates} AS duplicates, count(*) FILTER (content_mismatch) AS content_mismatches"
+
+
 def _build_status_view() -> str:
     """Return the view `pipeline_status`. For each topic it has the number of records, duplicates and content mismatches, and
     the time of the newest row. A record that several runs publish is a record of each of them (`run_records`), not a duplicate.
     """
     parts = [
         f"SELECT {number} AS position, '{spec.name}' AS topic, count(*) FILTER (NOT is_duplicate) AS records,"
-        f" {build_duplicate_count(spec.table)} AS duplicates, count(*) FILTER (content_mismatch) AS content_mismatches,"
-        f" max(created_at) AS newest FROM raw.{spec.table}"
+        f" {_build_duplicate_counts(spec)}, max(created_at) AS newest FROM raw.{spec.table}"
         for number, spec in enumerate(TOPICS.values())
     ]
     union = " UNION ALL ".join(parts)

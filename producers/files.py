@@ -25,11 +25,12 @@ from engine.bus.port import Bus, ProducerRecord
 from engine.bus.read import read_between, read_topic, read_values
 from engine.eligibility import find_pair_problem, find_response_problem
 from engine.erasures import ErasedPrompts
-from engine.errors import UsageError
+from engine.errors import UsageError, WriterFenced
 from engine.progress import WorkProgress
 from engine.run_starts import StartPositions, ensure_run_start
 from engine.text import format_count
 from engine.worker import to_producer_record
+from producers.near_duplicates import Conflict, KnownPrompt, PromptHistory
 from producers.parse import NO_COLUMNS, ROW_PARSERS, DemonstrationRow, PreferenceRow, PromptRow, RowError
 from producers.rows import RawRow, compute_content_hash, read_rows
 from schemas import ids
@@ -60,7 +61,8 @@ _ROW_NOUNS: dict[str, str] = {"prompts": "prompt", "preferences": "comparison", 
 class ProduceReport:
     """The result for one input.
 
-    `num_duplicates` is the number of rows that the run already has. `num_erased` is the number of rows whose prompt was erased.
+    `num_duplicates` is the number of rows that the run already has. `conflicts` counts the rows that were dropped because they are
+    near an earlier prompt, by reason. `num_erased` is the number of rows whose prompt was erased.
     `num_already_read` is the number of rows that earlier calls read, and they published `num_earlier_published` of them.
     `bad_rows` contains the number of each invalid row and the reason. `unread_columns` counts, for each column without effect,
     the rows that have it.
@@ -68,6 +70,7 @@ class ProduceReport:
 
     num_published: int = 0
     num_duplicates: int = 0
+    conflicts: Counter[Conflict] = field(default_factory=Counter)
     num_erased: int = 0
     num_already_read: int = 0
     num_earlier_published: int = 0
@@ -102,7 +105,8 @@ def _with_label_header(record: Record) -> ProducerRecord:
 class FileProducer:
     """A producer that publishes the rows of files as records of one kind for one run.
 
-    `columns` maps names of Charter's columns to names in the file (see `producers.parse.parse_prompt`).
+    `columns` maps names of Charter's columns to names in the file (see `producers.parse.parse_prompt`). `history` are the prompts on
+    the log; if it is given, rows that are near one of them or near an earlier row are not published.
     """
 
     bus: Bus
@@ -119,6 +123,8 @@ class FileProducer:
     publish_prompts: bool = False
     columns: Mapping[str, str] = field(default_factory=dict)
     progress: WorkProgress = field(default_factory=WorkProgress)
+    history: PromptHistory | None = None
+    on_conflict: Callable[[int, Conflict, KnownPrompt], None] = lambda row_number, conflict, known: None
 
     def publish(self, path: str, *, first_row: int = 1, last_row: int | None = None) -> ProduceReport:
         """Publish rows `first_row` to `last_row` of a path or of standard input ("-"). Skip rows that an earlier call read."""
@@ -136,6 +142,9 @@ class FileProducer:
         self.progress.start_step("reading the ids of the records that the run already has")
         prompt_ids, label_ids = self.read_published_ids(run_start)
         erased_prompt_ids = ErasedPrompts(self.bus).prompt_ids
+        if self.history:
+            self.progress.start_step("reading the prompts on the log")
+            self.history.refresh(self.progress)
         self.progress.start_step("publishing")
         batch: list[ProducerRecord] = []
         last_read, num_new_rows = start - 1, 0
@@ -149,7 +158,10 @@ class FileProducer:
                 if ids.compute_prompt_id(parsed.messages) in erased_prompt_ids:
                     report.num_erased += 1
                     continue
-                records = self.make_producer_records(parsed, f"{Path(path).name}:{number}", prompt_ids, label_ids)
+                origin = f"{Path(path).name}:{number}"
+                if self.history and self.drops_row(self.history, parsed, number, origin, prompt_ids, report):
+                    continue
+                records = self.make_producer_records(parsed, origin, prompt_ids, label_ids)
                 report.num_duplicates += not records
                 num_new_rows += bool(records)
                 batch += [run_start.assign_partition(record) for record in records]
@@ -157,6 +169,12 @@ class FileProducer:
                     self.commit(writer, batch, num_new_rows, offset, last_read, report)
                     batch, num_new_rows = [], 0
             self.commit(writer, batch, num_new_rows, offset, last_read, report)
+        except WriterFenced as error:
+            raise WriterFenced(
+                f"another producer of {path} has started in run {self.run_id}",
+                "each input has one producer at a time; what this one has published is kept",
+                "wait until the other one ends, then type the same command: it publishes only what is missing",
+            ) from error
         except UsageError as error:
             # If `strict` stops at an invalid row, or a file of a folder cannot be read, the valid rows before are still published.
             self.commit(writer, batch, num_new_rows, offset, last_read, report)
@@ -205,6 +223,39 @@ class FileProducer:
         report.unread_columns.update(parsed.unread_columns)
         return parsed
 
+    def drops_row(
+        self,
+        history: PromptHistory,
+        parsed: PromptRow,
+        number: int,
+        origin: str,
+        known_prompt_ids: set[str],
+        report: ProduceReport,
+    ) -> bool:
+        """Return whether a prompt is dropped because it is near an earlier one. Otherwise add it to the history.
+
+        A prompt that the run already has is no near-duplicate: it is a duplicate, as without the check.
+        """
+        prompt = make_prompt_record(self.make_metadata(parsed, origin))
+        if prompt.prompt_id in known_prompt_ids:
+            return False
+        if found := history.find_conflict(parsed.messages, prompt.split, self.epoch):
+            report.conflicts[found[0]] += 1
+            self.on_conflict(number, *found)
+            return True
+        history.add_prompt(prompt)
+        return False
+
+    def make_metadata(self, parsed: PromptRow, origin: str) -> dict[str, Any]:
+        return make_row_metadata(
+            parsed,
+            self.run_id,
+            epoch=self.epoch,
+            eval_fraction=self.eval_fraction,
+            rl_fraction=self.rl_fraction,
+            origin=origin,
+        )
+
     def make_producer_records(
         self, parsed: PromptRow, origin: str, known_prompt_ids: set[str], known_label_ids: set[str]
     ) -> list[ProducerRecord]:
@@ -213,14 +264,7 @@ class FileProducer:
         A row becomes a prompt or a human record. With `publish_prompts`, a human record also has a prompt.
         """
         new_records: list[ProducerRecord] = []
-        metadata = make_row_metadata(
-            parsed,
-            self.run_id,
-            epoch=self.epoch,
-            eval_fraction=self.eval_fraction,
-            rl_fraction=self.rl_fraction,
-            origin=origin,
-        )
+        metadata = self.make_metadata(parsed, origin)
         if self.kind == "prompts" or self.publish_prompts:
             prompt = make_prompt_record(metadata)
             if prompt.prompt_id not in known_prompt_ids:
@@ -239,6 +283,8 @@ class FileProducer:
         options: dict[str, Any] = dict(self.columns)
         if self.max_chars != FileProducer.max_chars:
             options["max_chars"] = self.max_chars
+        if self.history:  # without the check, or with another threshold, rows that this call drops can still be published
+            options["duplicate_threshold"] = self.history.index.threshold
         rows = [first_row, last_row, *([options] if options else [])]
         configuration = ids.compute_fingerprint(
             "source", content=content, run=self.run_id, epoch=self.epoch, rows=rows, **kind_keys
@@ -373,11 +419,19 @@ def count_shipped_prompts() -> int:
     return sum(1 for _ in read_rows(str(SHIPPED_PROMPTS_PATH)))
 
 
+def format_conflicts(conflict: Conflict, count: int) -> str:
+    """Return the number of rows that were dropped for one reason."""
+    if conflict is Conflict.DUPLICATE:
+        return f"{format_count(count, 'near-duplicates')} dropped"
+    return f"{count:,} dropped because they are near a prompt of an evaluation suite or of the other split"
+
+
 def format_report(report: ProduceReport, path: str, kind: InputKind = "prompts") -> Iterable[str]:
     """Return the lines that `charter produce` prints about an input."""
     yield (
         f"{format_count(report.num_published, kind)} published from {path}"
         + (f", {format_count(report.num_duplicates, 'duplicates')} skipped" if report.num_duplicates else "")
+        + "".join(f", {format_conflicts(conflict, count)}" for conflict, count in sorted(report.conflicts.items()))
         + (f", {report.num_erased} skipped because their prompts were erased" if report.num_erased else "")
         + (
             f"; its first {format_count(report.num_already_read, 'rows', 'were')} read by an earlier call, which published {report.num_earlier_published:,}"

@@ -1,6 +1,6 @@
 """Parse rows into prompts, comparisons of two responses, or demonstrations. An invalid row raises RowError with the reason.
 
-A dialogue has one of these forms. `docs/inputs.md` lists them with examples:
+A dialogue has one of these forms. `docs/sources.md` lists them with examples:
 
 * The column `prompt` is a string or a list of messages. The column `messages` (in ShareGPT files `conversations`) is a list of
   messages. A message is {role, content} or, as in ShareGPT, {from, value}. A list may also be stored as a JSON string.

@@ -80,6 +80,7 @@ FINGERPRINT_KEYS: dict[str, dict[str, str]] = {
     "prompt": {},
     "suite_prompt": _make_keys("subset instructions"),
     "source": _make_keys("content run epoch kind", rows="lines", publish_prompts="answer"),
+    "generation": _make_keys("recipe run seed"),
     "human_preference": _make_keys("p_a source", response_a="a", response_b="b"),
     "demonstration": _make_keys("completion", is_complete="stopped"),
     "template": _make_keys("template prefill", num_votes="votes"),

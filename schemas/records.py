@@ -391,6 +391,23 @@ class SuiteItem(AvroModel):
     instructions: str = ""
 
 
+class RecipeItem(AvroModel):
+    """The place of a generated prompt in a recipe (producers/generate.py).
+
+    `recipe`, `version` and `hash` identify the recipe. `index` is the number of the batch that the generator published in one
+    transaction, and `request` is the request of the batch. `kind`, `topic` and `language` are what the request asked for.
+    """
+
+    recipe: str
+    version: str
+    hash: str
+    index: int
+    request: int
+    kind: str
+    topic: str
+    language: str
+
+
 class SuiteItemField(AvroModel):
     """The place of a prompt in an evaluation suite; null for all other prompts."""
 
@@ -428,11 +445,16 @@ class BatchFields(PhaseField):
 
 
 class Prompt(PromptFields, SuiteItemField, Record):
-    """A prompt that enters the pipeline. `origin` is the file and the row of the prompt."""
+    """A prompt that enters the pipeline.
+
+    `origin` is the file and the row of the prompt, or the recipe and the index. `recipe_item` is the place of a generated prompt in
+    its recipe; null for all other prompts. The model, the seed and the sampling of a generated prompt are those of its request.
+    """
 
     topic: ClassVar[str] = "prompts"
 
     origin: str = ""
+    recipe_item: RecipeItem | None = None
 
 
 class Response(PromptFields, SuiteItemField, ConfigurationField, Record):
@@ -765,7 +787,11 @@ class DroppedRollout(Record):
 
 
 class ProducerOffset(Record):
-    """The position of a producer in one input file: the next line to read."""
+    """The position of a producer in one input: the next line of a file to read, or the next index of a recipe to generate.
+
+    For a recipe, `content_hash` and `recipe_hash` are its hash, `published` counts its prompts in the run, and `rejected` counts the texts of the model
+    that were not published, by reason. `prompt_tokens` and `completion_tokens` are the sums over all its indexes.
+    """
 
     topic: ClassVar[str] = "producer-offsets"
 
@@ -773,6 +799,8 @@ class ProducerOffset(Record):
     content_hash: str
     next_line: int
     published: int
+    rejected: dict[str, int] = Field(default_factory=dict)
+    recipe_hash: str = ""
 
     @property
     def key(self) -> bytes:

@@ -15,6 +15,7 @@ from constitutions.loader import parse_constitution
 from engine.budget import parse_prices
 from engine.settings import Settings, iter_settings, load_settings
 from engine.store import Store
+from producers.recipe import parse_recipe
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -59,12 +60,14 @@ TABLES = [text for language, text in FENCED if language == "toml"]
 
 
 @pytest.mark.parametrize("text", TABLES)
-def test_toml_loads_as_settings_or_a_constitution(text, tmp_path):
+def test_toml_loads_as_settings_a_constitution_or_a_recipe(text, tmp_path):
     values = tomllib.loads(text)
     if set(values) <= set(Settings.model_fields):
         (tmp_path / "charter.toml").write_text(text, encoding="utf-8")
         settings, _ = load_settings(file=tmp_path / "charter.toml", environment={})
         parse_prices(settings.budget.prices)
+    elif "kinds" in values:
+        assert parse_recipe(text, "the documents").name == values["name"]
     elif "name" in values:
         assert parse_constitution(text, "the documents").name == values["name"]
 

@@ -19,14 +19,14 @@ from __future__ import annotations
 
 import json
 import re
-import threading
 import unicodedata
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from functools import cache
-from typing import Annotated, Any, ClassVar, Literal
+from collections.abc import Sequence
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+
+from engine.languages import LANGUAGES, detect_language
 
 
 def _reject_guesses(value: object) -> object:
@@ -47,13 +47,6 @@ def _require_language(code: str) -> str:
         raise ValueError(f"must be one of {', '.join(LANGUAGES)}")
     return code
 
-
-# The languages that langdetect 1.0.9 can detect. "zh" means both of its Chinese languages.
-LANGUAGES = (
-    "af", "ar", "bg", "bn", "ca", "cs", "cy", "da", "de", "el", "en", "es", "et", "fa", "fi", "fr", "gu", "he", "hi", "hr", "hu",
-    "id", "it", "ja", "kn", "ko", "lt", "lv", "mk", "ml", "mr", "ne", "nl", "no", "pa", "pl", "pt", "ro", "ru", "sk", "sl", "so",
-    "sq", "sv", "sw", "ta", "te", "th", "tl", "tr", "uk", "ur", "vi", "zh", "zh-cn", "zh-tw",
-)  # fmt: skip
 
 Count = Annotated[int, BeforeValidator(_reject_guesses), Field(ge=0)]
 Position = Annotated[int, BeforeValidator(_reject_guesses), Field(ge=1)]
@@ -388,35 +381,6 @@ def _continues(sentence: str, mark: str, next_character: str) -> bool:
     if word.lower() in _ABBREVIATIONS:
         return not next_character.isupper()
     return re.fullmatch(r"[A-Z](?:\.[A-Z])*", word) is not None and word != "I"  # initials
-
-
-_LANGUAGE_LOCK = threading.Lock()
-
-
-def detect_language(text: str) -> str:
-    """Return the code of the language of a text, as langdetect names it, or "" if no language can be detected.
-
-    The same text always has the same language, because the detector has a seed.
-    """
-    from langdetect.lang_detect_exception import LangDetectException
-
-    with _LANGUAGE_LOCK:  # threads would load the profiles several times
-        detector = _load_detector_factory()()
-    detector.append(text.lower() if text.isupper() else text)
-    try:
-        return str(detector.detect())
-    except LangDetectException:
-        return ""
-
-
-@cache
-def _load_detector_factory() -> Callable[[], Any]:
-    from langdetect.detector_factory import PROFILES_DIRECTORY, DetectorFactory
-
-    factory = DetectorFactory()
-    factory.load_profile(PROFILES_DIRECTORY)
-    factory.set_seed(0)
-    return factory.create
 
 
 def make_loose_variants(text: str) -> Sequence[str]:

@@ -11,7 +11,6 @@ A blank response follows nothing. If an instruction is not known or has wrong pa
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import unicodedata
 from collections.abc import Sequence
@@ -22,7 +21,6 @@ from pydantic import ValidationError
 from consumers.graders.instruction_checks import INSTRUCTIONS, Instruction, make_loose_variants
 from consumers.graders.interface import GradedText, GradeResult
 from engine.eligibility import is_blank
-from engine.errors import UsageError
 from engine.models.interface import Result
 from schemas.records import FinishReason, ModelRef, Outcome
 
@@ -39,16 +37,6 @@ class InstructionsGrader:
     def grade(self, texts: Sequence[GradedText]) -> list[Result[list[GradeResult]]]:
         """Return one grade for each text, or none for a text without instructions."""
         return [[_grade_text(text)] if text.suite_item and text.suite_item.instructions else [] for text in texts]
-
-
-def require_language_detector(install_command: str) -> None:
-    """Raise UsageError if the package is missing that detects the language of a response."""
-    if importlib.util.find_spec("langdetect") is None:
-        raise UsageError(
-            "the grader instructions needs the package langdetect, which is not installed",
-            "some instructions ask for a response in one language",
-            install_command,
-        )
 
 
 @lru_cache(maxsize=4096)

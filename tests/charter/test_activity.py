@@ -35,7 +35,7 @@ def count_running(deployment, run="live"):
     return {(row["worker"], row["run"]): row["running"] for row in rows}
 
 
-STOPPED = {**{(stage, "live"): 0 for stage in STAGES}, ("sink", None): 0, ("trainer", None): 0}
+STOPPED = {**{(stage, "live"): 0 for stage in STAGES}, ("sink", None): 0, ("trainer", None): 0, ("generator", None): 0}
 
 
 def test_status_shows_the_workers_that_run(deployment):

@@ -11,11 +11,12 @@ from charter.models import RoleModels
 from charter.pipeline import make_grade_stage
 from constitutions.loader import load_constitution
 from consumers.grade import COMPLETION, GradeStage
-from consumers.graders.instruction_checks import INSTRUCTIONS, LANGUAGES, count_sentences, detect_language, make_loose_variants
+from consumers.graders.instruction_checks import INSTRUCTIONS, count_sentences, make_loose_variants
 from consumers.graders.instructions import FAILS, FOLLOWS, InstructionsGrader, parse_instructions
 from consumers.graders.interface import GradedText
 from consumers.graders.length import LengthGrader
 from engine.errors import UsageError
+from engine.languages import LANGUAGES, detect_language
 from engine.settings import load_settings
 from schemas import ids
 from schemas.records import ChatMessage, Completion, FinishReason, Outcome, Response, SuiteItem

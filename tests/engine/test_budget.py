@@ -11,7 +11,7 @@ from engine.store import Store
 from engine.worker import to_producer_record
 from producers.files import SHIPPED_PROMPTS_PATH, FileProducer
 from schemas import ids
-from schemas.records import ModelRef, Preference
+from schemas.records import ModelRef, Preference, ProducerOffset
 from tests.support.chat_server import FakeChatServer, make_script
 from tests.support.waiting import wait_until
 
@@ -47,6 +47,22 @@ def test_budget_counts_only_records_of_its_run(bus, caplog):
     raised = Budget(bus, "r", max_cost=0.04, prices=prices)  # after a restart with a higher limit
     assert raised.cost == pytest.approx(0.035) and raised.can_admit("judge")
     raised.close()
+
+
+def test_budget_counts_the_sums_of_a_generator_once(bus):
+    def make_position(index, *, run="r", seed=0):
+        record_id = ids.compute_id("generator", run, seed)
+        position = ProducerOffset(
+            record_id=record_id, run_id=run, stage="generate", name="default", content_hash="h", next_line=index, published=0,
+            model=ModelRef(id="paid", revision="1"), prompt_tokens=1000 * index, completion_tokens=100 * index,
+        )  # fmt: skip
+        return to_producer_record(position)
+
+    bus.publish([make_position(n) for n in (1, 2, 3)] + [make_position(1, seed=1), make_position(9, run="another")])
+    budget = Budget(bus, "r", max_tokens=4400, prices=parse_prices(["paid=2/10"]))
+    assert budget.tokens == 4 * 1100 and budget.cost == pytest.approx(4 * (2000 + 1000) / 1e6)
+    assert not budget.can_admit("generate") and budget.can_admit("judge")
+    budget.close()
 
 
 def test_stages_pause_at_the_cost_limit_and_resume_with_a_higher_one(tmp_path):

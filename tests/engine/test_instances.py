@@ -34,7 +34,7 @@ sys.stdin.read()
 
 
 def test_service_is_listed_until_its_process_is_killed(tmp_path):
-    assert list_running_services(tmp_path / "nothing") == {"sink": [], "trainer": []}
+    assert list_running_services(tmp_path / "nothing") == {"sink": [], "trainer": [], "generator": []}
     trainer = ServiceLease(tmp_path, "trainer")
     holder = subprocess.Popen(
         [sys.executable, "-c", HOLD, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -48,5 +48,5 @@ def test_service_is_listed_until_its_process_is_killed(tmp_path):
     holder.communicate()
     assert list_running_services(tmp_path)["sink"] == []
     trainer.close()
-    assert list_running_services(tmp_path) == {"sink": [], "trainer": []}
+    assert list_running_services(tmp_path) == {"sink": [], "trainer": [], "generator": []}
     assert list((tmp_path / "services").iterdir()) == []

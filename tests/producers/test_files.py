@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.bus.read import read_values
-from engine.errors import UsageError
+from engine.errors import UsageError, WriterFenced
 from producers.files import (
     SHIPPED_PROMPTS_PATH,
     FileProducer,
@@ -19,6 +19,7 @@ from producers.files import (
     format_report,
 )
 from producers.parse import RowError, parse_prompt
+from producers.rows import compute_content_hash
 from schemas.codec import decode_record
 from schemas.records import ChatMessage, Prompt, Purpose, Split
 
@@ -289,3 +290,15 @@ def test_shipped_prompts_are_distinct_and_half_of_them_are_red_team():
     assert len({p.messages for p in parsed}) == len(parsed)
     for end in (24, 40, 48, len(parsed)):
         assert sum(p.source == "red-team" for p in parsed[:end]) == end // 2
+
+
+def test_second_producer_of_a_file_fences_the_first_one_with_a_clear_error(bus, tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('"One?"\n{bad\n')
+    first = FileProducer(bus, "r")
+    name = f"produce.{first.make_start_offset(str(path), compute_content_hash(str(path)), 1, None).record_id}"
+    fenced = FileProducer(bus, "r", on_bad_row=lambda number, reason: bus.open_writer(name).close())
+    with pytest.raises(WriterFenced, match=r"another producer of .*a\.jsonl has started in run r") as error:
+        fenced.publish(str(path))
+    assert len(str(error.value).splitlines()) == 3 and "--instance" not in str(error.value) and read_contents(bus) == []
+    assert first.publish(str(path)).num_published == 1

@@ -16,6 +16,7 @@ FINGERPRINTS = {
     "prompt": "5700f499-c6fc-73f0-654b-4336f3b154d9",
     "suite_prompt": "31f69c39-ece4-2364-47b9-a6c7933a801b",
     "source": "554ba33f-95f5-c2b3-edab-893466297561",
+    "generation": "e203b489-fe02-086a-98f3-a4dbe0ddd069",
     "human_preference": "13a6a0bf-67dd-df91-9c70-18ed19337c1f",
     "demonstration": "7cefbd01-df02-1120-80ef-63d9fd099cdb",
     "template": "8f0590e4-d977-5b38-04cf-bf57a0e7612a",
