@@ -112,7 +112,7 @@ class SampledSequence:
 
 
 @dataclass(frozen=True)
-class _TokenLimits:
+class TokenLimits:
     """The limits of the tokens of a response and of its reasoning. `thinking` is 0 if the model does not think."""
 
     response: int
@@ -141,6 +141,7 @@ class LocalModel:
         if dtype is not None:
             self.model = self.model.to(dtype)
         self.context_length = int(AutoConfig.from_pretrained(folder).max_position_embeddings)
+        self.max_batch_tokens = _MAX_PREFILL_TOKENS
         self.stop_token_ids = self.get_stop_token_ids()
 
     def get_stop_token_ids(self) -> set[int]:
@@ -162,7 +163,7 @@ class LocalModel:
         max_tokens: int = 256,
         max_thinking_tokens: int = 0,
     ) -> list[Result[list[Generation]]]:
-        limits = _TokenLimits(max_tokens, max_thinking_tokens)
+        limits = TokenLimits(max_tokens, max_thinking_tokens)
         encoded = self.encode_batch(batch, limits.total, thinking=max_thinking_tokens > 0)
         fitting = [i for i, prompt in enumerate(encoded) if not isinstance(prompt, CharterError)]
         generations = iter(
@@ -179,7 +180,7 @@ class LocalModel:
         num_completions: int,
         temperature: float,
         top_p: float,
-        limits: _TokenLimits,
+        limits: TokenLimits,
     ) -> list[list[Generation]]:
         """Sample completions of prompts that fit into the context."""
         results: list[list[Generation]] = [[] for _ in batch]
@@ -293,7 +294,7 @@ class LocalModel:
         for i in order:
             longest = len(prompts[chunks[-1][0]]) if chunks else 0
             is_full = not chunks or (len(chunks[-1]) + 1) * rows_per_prompt > self.max_batch_size
-            if is_full or (len(chunks[-1]) + 1) * rows_per_prompt * (longest + max_new_tokens) > _MAX_PREFILL_TOKENS:
+            if is_full or (len(chunks[-1]) + 1) * rows_per_prompt * (longest + max_new_tokens) > self.max_batch_tokens:
                 chunks.append([])
             chunks[-1].append(i)
         return chunks
@@ -328,7 +329,7 @@ class LocalModel:
         num_completions: int,
         temperature: float,
         top_p: float,
-        limits: _TokenLimits,
+        limits: TokenLimits,
     ) -> list[SampledSequence]:
         """Sample all completions of one batch of prompts."""
         cache = DynamicCache(config=self.model.config)
@@ -383,7 +384,7 @@ class LocalModel:
                 row.is_finished = token in self.stop_token_ids or self.has_dialogue_marker(row)
         return tokens
 
-    def apply_limits(self, rows: Sequence[SampledSequence], limits: _TokenLimits) -> None:
+    def apply_limits(self, rows: Sequence[SampledSequence], limits: TokenLimits) -> None:
         """Mark the rows as finished whose reasoning or whose response has reached its limit."""
         for row in rows:
             if row.is_finished:
