@@ -17,7 +17,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
 
-from engine.models.local import LocalModel
+from engine.models.local import STEPS_PER_CHECK, LocalModel
 from engine.models.reasoning import SeparatedText
 
 _ROOT = Path(__file__).parents[2]
@@ -152,7 +152,10 @@ def count_kv_bytes(shape: Shape, dtype: torch.dtype) -> int:
 
 
 class RandomModel(LocalModel):
-    """A local model with random weights, which never stops: bf16 on a GPU, fp32 on a CPU."""
+    """A local model with random weights, which never stops: bf16 on a GPU, fp32 on a CPU.
+
+    The limit of the tokens of a batch is raised, so that batches have `max_batch_size` rows.
+    """
 
     def __init__(self, shape: Shape, folder: Path, *, max_batch_size: int) -> None:
         write_model_folder(shape, folder)
@@ -165,6 +168,7 @@ class RandomModel(LocalModel):
         self.stop_token_ids = set()
         self.max_batch_size = max_batch_size
         self.max_batch_tokens = max_batch_size * 1024
+        self.steps_per_check = STEPS_PER_CHECK[self.device]
 
     def decode_completion(self, token_ids: Sequence[int], *, is_open: bool) -> SeparatedText:
         return super().decode_completion([1 + i % (len(self.tokenizer) - 1) for i in token_ids], is_open=is_open)
