@@ -7,7 +7,6 @@ do. Columns that are padding in all rows are removed, so that the length of the 
 from __future__ import annotations
 
 import random
-import time
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,6 +24,7 @@ class SampledSequence:
     request_index: int
     rng: random.Random
     num_prompt_tokens: int
+    started: float
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     is_finished: bool = False
@@ -33,7 +33,6 @@ class SampledSequence:
     is_thinking: bool = False
     has_opening: bool = False
     num_reasoning_tokens: int = 0
-    started: float = field(default_factory=time.monotonic)
 
 
 @dataclass

@@ -351,11 +351,13 @@ class LocalModel:
         if num_completions > 1:
             cache.batch_repeat_interleave(num_completions)
             logits, mask = logits.repeat_interleave(num_completions, 0), mask.repeat_interleave(num_completions, 0)
+        started = time.monotonic()
         rows = [
             SampledSequence(
                 i,
                 random.Random(f"{batch[i].seed}/{n}"),
                 len(prompts[i]),
+                started,
                 is_thinking=limits.thinking > 0 and not batch[i].prefill,
                 has_opening=self.is_reasoning_open(prompts[i]),
             )

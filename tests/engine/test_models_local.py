@@ -4,6 +4,7 @@ import math
 import shutil
 from collections import Counter
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -129,6 +130,24 @@ def test_waiting_prompts_replace_finished_rows(tiny, batches, num_completions, s
     lengths = [max(len(g.token_ids) for g in group) for group in by_length]
     assert len(batches) < sum(max(lengths[i : i + 4]) - 1 for i in range(0, len(lengths), 4))
     assert max(positions for _, _, _, positions in batches) < max(len(g.prompt_token_ids) for (g, *_) in expected) + 40
+
+
+def test_waiting_is_not_part_of_the_time_limit(tiny, monkeypatch):
+    """Each step takes a second. The second prompt waits for 20 s, and has a limit of 5 s."""
+    model = LocalModel(tiny, max_batch_size=1, dtype=torch.float32)
+    model.stop_token_ids = set()
+    seconds, run_step = [0.0], DecodeBatch.run_step
+
+    def take_a_second(batch, model, tokens):
+        seconds[0] += 1.0
+        run_step(batch, model, tokens)
+
+    monkeypatch.setattr(DecodeBatch, "run_step", take_a_second)
+    monkeypatch.setattr("engine.models.local.time", SimpleNamespace(monotonic=lambda: seconds[0]))
+    requests = [make_request("long prompt"), replace(make_request("short"), timeout_s=5.0)]
+    (unlimited,), (limited,) = model.generate(requests, max_tokens=20)
+    assert len(unlimited.token_ids) == 20 and unlimited.finish_reason == "length"
+    assert len(limited.token_ids) == 7 and limited.finish_reason == "timeout"  # after six steps, more than five seconds are over
 
 
 def test_batches_are_limited_by_tokens(tiny, batches):
