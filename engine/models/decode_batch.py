@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from transformers.cache_utils import DynamicLayer
 
-# Finished rows are removed when they are this fraction of the batch. If prompts wait for their places, it is the smaller one.
-_COMPACTION_FRACTION, _REFILL_FRACTION = 0.25, 0.125
+# Finished rows are removed, and replaced by waiting ones, when they are this fraction of the batch. Removing and replacing copies
+# the cache, which on a CPU costs more than a few idle rows.
+_COMPACTION_FRACTION = 0.25
 
 
 @dataclass
@@ -81,13 +82,9 @@ class DecodeBatch:
         self.logits = out.logits[:, -1]
         self.positions = self.positions + self.increments
 
-    def drop_finished(self, tokens: torch.Tensor, *, is_awaited: bool) -> torch.Tensor:
-        """Remove the finished rows if there are enough of them to justify the copy. Return the tokens (R,) of the other rows.
-
-        `is_awaited` is true if other prompts wait for the places of these rows.
-        """
-        fraction = _REFILL_FRACTION if is_awaited and self.accepts_rows else _COMPACTION_FRACTION
-        if self.num_finished < max(1, fraction * len(self.rows)):
+    def drop_finished(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Remove the finished rows if there are enough of them to justify the copy. Return the tokens (R,) of the other rows."""
+        if self.num_finished < max(1, _COMPACTION_FRACTION * len(self.rows)):
             return tokens
         indices = [i for i, row in enumerate(self.rows) if not row.is_finished]
         self.rows = [self.rows[i] for i in indices]

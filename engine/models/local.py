@@ -190,7 +190,7 @@ class LocalModel:
                         active = new
             assert active is not None  # a prompt always fits into an empty batch
             tokens = self.sample_tokens(active, batch, temperature, top_p, limits)
-            tokens = active.drop_finished(tokens, is_awaited=bool(queue))
+            tokens = active.drop_finished(tokens)
             if active.rows:
                 active.run_step(self.model, tokens)
             else:
