@@ -147,7 +147,9 @@ def test_waiting_is_not_part_of_the_time_limit(tiny, monkeypatch):
     requests = [make_request("long prompt"), replace(make_request("short"), timeout_s=5.0)]
     (unlimited,), (limited,) = model.generate(requests, max_tokens=20)
     assert len(unlimited.token_ids) == 20 and unlimited.finish_reason == "length"
-    assert len(limited.token_ids) == 7 and limited.finish_reason == "timeout"  # after six steps, more than five seconds are over
+    assert (
+        len(limited.token_ids) == 7 and limited.finish_reason == "timeout"
+    )  # after six steps, more than five seconds are over
 
 
 def test_batches_are_limited_by_tokens(tiny, batches):
