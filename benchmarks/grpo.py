@@ -25,7 +25,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from benchmarks.memory import _measure_peak_bytes
+from benchmarks.memory import measure_peak_bytes
 
 _MIN_SPEEDUP = 1.3
 _MIB = 2**20
@@ -161,7 +161,7 @@ def _run_child(name: str, task: GRPOTask) -> None:
 
     torch.set_num_threads(1)
     result = _run_trl(task) if name == "trl" else _run_charter(task, "ppo" if name == "charter ppo" else "grpo")
-    result.peak_bytes = _measure_peak_bytes()
+    result.peak_bytes = measure_peak_bytes()
     print(json.dumps(asdict(result)))
 
 

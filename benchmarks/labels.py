@@ -22,19 +22,22 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from benchmarks.generation import make_requests
-from charter.api import Charter, RevisionChain, load_constitution
+from constitutions.loader import load_constitution
 from consumers import templates
 from consumers.judge import JudgeStage
 from engine.models import open_model
 from engine.models.chat_template import format_prompt
-from engine.models.interface import GenerationRequest
+from engine.models.interface import GenerationRequest, require_results
 from engine.models.local import LocalModel
 from schemas.records import ChatMessage, Preference, Record, Response
+
+if TYPE_CHECKING:
+    from charter.api import Charter, RevisionChain
 
 _MIN_RATIO = {"cpu": 20.0, "cuda": 50.0}
 _MAX_RESPONSE_TOKENS = 128
@@ -42,7 +45,7 @@ _MAX_WRITTEN_TOKENS = 256
 _Messages = tuple[ChatMessage, ...]
 
 
-def _measure_per_second(model: LocalModel, work: Callable[[], Any], count: int) -> float:
+def measure_per_second(model: LocalModel, work: Callable[[], Any], count: int) -> float:
     """Return the rate of `work` per second of CPU time on a CPU, or per second of wall time on a GPU.
 
     CPU time does not depend on other load on the machine.
@@ -53,23 +56,33 @@ def _measure_per_second(model: LocalModel, work: Callable[[], Any], count: int) 
     return count / (clock() - started)
 
 
-def _generate_one_by_one(model: LocalModel, questions: Sequence[_Messages]) -> list[str]:
-    """Return the reply to each question from transformers' `generate` with greedy decoding."""
-    replies = []
+def generate_one_by_one(model: LocalModel, questions: Sequence[_Messages], max_tokens: int = _MAX_WRITTEN_TOKENS) -> list[int]:
+    """Write a reply to each question with transformers' `generate` and greedy decoding. Return the lengths in tokens."""
+    lengths = []
     for messages in questions:
         encoded = model.tokenizer(format_prompt(model.tokenizer, messages), return_tensors="pt", add_special_tokens=False)
         encoded = encoded.to(model.device)
         with torch.inference_mode():
-            output = model.model.generate(**encoded, max_new_tokens=_MAX_WRITTEN_TOKENS, do_sample=False)
-        replies.append(model.tokenizer.decode(output[0, encoded["input_ids"].shape[1] :], skip_special_tokens=True))
-    return replies
+            output = model.model.generate(**encoded, max_new_tokens=max_tokens, do_sample=False)
+        lengths.append(output.shape[1] - encoded["input_ids"].shape[1])
+    return lengths
 
 
-def _generate_in_batches(model: LocalModel, questions: Sequence[_Messages]) -> list[str]:
-    generations = model.generate(
-        [GenerationRequest(messages) for messages in questions], temperature=0.0, max_tokens=_MAX_WRITTEN_TOKENS
-    )
-    return [generation.text for (generation,) in generations]
+def generate_in_batches(model: LocalModel, questions: Sequence[_Messages], max_tokens: int = _MAX_WRITTEN_TOKENS) -> None:
+    """Write a reply to each question with Charter's generation and greedy decoding."""
+    requests = [GenerationRequest(messages) for messages in questions]
+    require_results(model.generate(requests, temperature=0.0, max_tokens=max_tokens))
+
+
+def make_judge_questions(judge: JudgeStage, responses: Sequence[Response]) -> list[_Messages]:
+    """Return the course's question about the first two completions of each response, in one order."""
+    judge_prompt = judge.constitution.combined_judge_prompt
+    return [
+        templates.make_comparison_messages(
+            r.messages, r.completions[0].text, r.completions[1].text, judge_prompt, templates.LETTER_TEMPLATE
+        )
+        for r in responses
+    ]
 
 
 def _compare_with_peers(
@@ -82,11 +95,10 @@ def _compare_with_peers(
     lengths: list[int] = []
 
     def generate_sequentially() -> None:
-        replies = _generate_one_by_one(model, questions[:num_sequential])
-        lengths.extend(len(model.tokenizer(reply)["input_ids"]) for reply in replies)
+        lengths.extend(generate_one_by_one(model, questions[:num_sequential]))
 
-    sequential = _measure_per_second(model, generate_sequentially, num_sequential)
-    batched = _measure_per_second(model, lambda: _generate_in_batches(model, questions), len(questions))
+    sequential = measure_per_second(model, generate_sequentially, num_sequential)
+    batched = measure_per_second(model, lambda: generate_in_batches(model, questions), len(questions))
     print(f"{name}: {charter_rate:.2f}/s by log-probabilities, both orders")
     mean_length = statistics.mean(lengths)
     for method, peer_rate, digits in (
@@ -100,14 +112,8 @@ def _compare_with_peers(
 
 def _compare_labels(model: LocalModel, judge: JudgeStage, responses: Sequence[Response], num_sequential: int) -> float:
     judge(responses[:2])  # warm up
-    judge_prompt = judge.constitution.combined_judge_prompt
-    questions = [
-        templates.make_comparison_messages(
-            r.messages, r.completions[0].text, r.completions[1].text, judge_prompt, templates.LETTER_TEMPLATE
-        )
-        for r in responses
-    ]
-    charter_rate = _measure_per_second(model, lambda: judge(responses), len(responses))
+    questions = make_judge_questions(judge, responses)
+    charter_rate = measure_per_second(model, lambda: judge(responses), len(responses))
     return _compare_with_peers("labels", model, charter_rate, questions, num_sequential, num_orders=2)
 
 
@@ -115,7 +121,7 @@ def _compare_verdicts(model: LocalModel, charter: Charter, responses: Sequence[R
     critic = charter.critique_stage
     states = [critic.make_state(response) for response in responses]
     critic.assess_states(states[:2])  # warm up
-    charter_rate = _measure_per_second(model, lambda: critic.assess_states(states), len(states))
+    charter_rate = measure_per_second(model, lambda: critic.assess_states(states), len(states))
     questions = [
         templates.make_critique_messages(
             state.fields["messages"], state.fields["response"], state.next_principle.critique_prompt, ()
@@ -148,6 +154,8 @@ def main() -> int:
     parser.add_argument("--peer", type=int, default=4, help="number of pairs for the sequential peer")
     parser.add_argument("--chains", type=int, default=8, help="number of prompts for the token count of chains")
     options = parser.parse_args()
+    from charter.api import Charter
+
     model = open_model(options.model, max_batch_size=64)
     assert isinstance(model, LocalModel)
     charter = Charter(load_constitution("default"), model, settings={"respond.max_tokens": _MAX_RESPONSE_TOKENS})

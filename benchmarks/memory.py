@@ -78,7 +78,7 @@ def _train_one_step(case: str, policy: Path, reference: Path, sizes: dict[str, A
             ppo.train(policy, reference, rollouts, rewards, ppo.PPOConfig(epochs=1, batch_size=rows), **common)
 
 
-def _measure_peak_bytes() -> int:
+def measure_peak_bytes() -> int:
     """Return the peak memory of this process in bytes.
 
     On a GPU, the peak is the allocator's peak. On a CPU, the peak is the largest resident set.
@@ -146,7 +146,7 @@ def main() -> int:
     if options.child:
         job = json.loads(options.child)
         _train_one_step(job["case"], Path(job["policy"]), Path(job["reference"]), job)
-        print(_measure_peak_bytes())
+        print(measure_peak_bytes())
         return 0
     sizes = {name: getattr(options, name) for name in ("rows", "prompt", "response", "micro_batch_size")}
     _print_table(sizes, options.cases or _CASES)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from engine.errors import TrainingFailed
 from trainer.weights import Hardware
 
 StepCallback = Callable[[int, dict[str, float]], None]
+IGNORE_INDEX = -100  # the label of tokens that the loss ignores (PyTorch's default)
 # The learning rate rises during this share of an update's steps. Adam starts without state in each update. Without the rise,
 # its first steps would have the full length of the learning rate.
 _WARMUP_RATIO = 0.15
@@ -20,6 +21,17 @@ _WARMUP_RATIO = 0.15
 
 def ignore_step(step: int, metrics: dict[str, float]) -> None:
     """Do nothing. This function is the default of `on_step`."""
+
+
+def make_dataset(rows: Sequence[dict[str, Any]]) -> Any:
+    """Return a data set for trl's trainers. It shows no progress bars.
+
+    The learners with their own loops run without the library `datasets`.
+    """
+    import datasets
+
+    datasets.disable_progress_bars()
+    return datasets.Dataset.from_list(list(rows))
 
 
 def compute_micro_batch_size(batch_size: int, max_size: int) -> int:

@@ -20,7 +20,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import datasets
 import torch
 import transformers
 from safetensors import SafetensorError
@@ -36,7 +35,6 @@ from engine.weight_sync import ADAPTER_FOLDER
 # head, but `load_scorer` initializes the head.
 transformers.utils.logging.disable_progress_bar()
 transformers.utils.logging.set_verbosity_error()
-datasets.disable_progress_bars()
 warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)  # peft still reads this attribute
 
 # Adapters start at zero and have few parameters, so they need ten times the learning rate.

@@ -2,24 +2,27 @@
 
 Weights are loaded from safetensors, or from the installed GGUF file, which is converted once. Pickle files and remote code are
 never loaded. Prompts are sorted by length, and the number of rows in a batch is limited. The keys and values of a prompt are
-computed once for all its completions. Finished rows are removed from the batch.
+computed once for all its completions. Finished rows are removed from the batch, and rows of waiting prompts take their places.
 
 Reasoning and response have separate token limits. The reasoning is separated from the response (engine/models/reasoning.py).
 
 This module has its own decode loop. To return log-probabilities, `model.generate` would keep the logits of every step. These
 logits have the size (steps, rows, vocabulary).
 
-Each row has a separate random generator. At each step it samples one uniform number, which selects a token from the cumulative
+Each row has a separate random generator. For each step it samples one uniform number, which selects a token from the cumulative
 distribution. So the completion of a row does not depend on the other rows of the batch, except for rounding.
+
+On a GPU, tokens are read only after several steps, because reading makes the GPU wait. Tokens after the end of a row are discarded.
 """
 
 from __future__ import annotations
 
 import random
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +35,7 @@ from engine.errors import CharterError, PermanentRecordError, UsageError
 from engine.models import resolve_model_folder, smollm2
 from engine.models.chat_template import DIALOGUE_MARKER, encode_prompt
 from engine.models.control_tokens import find_end_token_id
+from engine.models.decode_batch import DecodeBatch, SampledSequence
 from engine.models.interface import LOCAL_CAPABILITIES, Generation, GenerationRequest, OptionScores, Result, Usage
 from engine.models.prefix_tree import PrefixTree, build_prefix_trees
 from engine.models.reasoning import (
@@ -52,7 +56,7 @@ _MAX_PREFILL_TOKENS = 16_384  # limit of the number of rows times the length of 
 _MAX_TREE_TOKENS = 4096  # limit of the tokens of one prefix tree; larger trees share more tokens but need more memory
 _MAX_MASKED_TREE_TOKENS = 1024  # the limit on a CPU without tree attention, because masked scores are then computed as well
 _MAX_MARKER_TOKENS = 16  # a dialogue marker of the plain format has fewer tokens than this with any tokenizer
-_COMPACTION_FRACTION = 0.25  # finished rows are removed when they are this fraction of the batch
+STEPS_PER_CHECK = {"cpu": 1, "cuda": 8}  # steps between two checks for the ends of rows
 
 
 def open_local(spec: str, *, threads: int = 2, max_batch_size: int = 32) -> LocalModel:
@@ -95,24 +99,8 @@ def _load_weights(folder: Path, device: str) -> Any:
     return model.to(device)
 
 
-@dataclass
-class SampledSequence:
-    """The state of one sequence during sampling."""
-
-    request_index: int
-    rng: random.Random
-    token_ids: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    is_finished: bool = False
-    timed_out: bool = False
-    is_cut: bool = False
-    is_thinking: bool = False
-    has_opening: bool = False
-    num_reasoning_tokens: int = 0
-
-
 @dataclass(frozen=True)
-class _TokenLimits:
+class TokenLimits:
     """The limits of the tokens of a response and of its reasoning. `thinking` is 0 if the model does not think."""
 
     response: int
@@ -141,6 +129,8 @@ class LocalModel:
         if dtype is not None:
             self.model = self.model.to(dtype)
         self.context_length = int(AutoConfig.from_pretrained(folder).max_position_embeddings)
+        self.max_batch_tokens = _MAX_PREFILL_TOKENS
+        self.steps_per_check = STEPS_PER_CHECK[self.device]
         self.stop_token_ids = self.get_stop_token_ids()
 
     def get_stop_token_ids(self) -> set[int]:
@@ -162,7 +152,7 @@ class LocalModel:
         max_tokens: int = 256,
         max_thinking_tokens: int = 0,
     ) -> list[Result[list[Generation]]]:
-        limits = _TokenLimits(max_tokens, max_thinking_tokens)
+        limits = TokenLimits(max_tokens, max_thinking_tokens)
         encoded = self.encode_batch(batch, limits.total, thinking=max_thinking_tokens > 0)
         fitting = [i for i, prompt in enumerate(encoded) if not isinstance(prompt, CharterError)]
         generations = iter(
@@ -179,14 +169,35 @@ class LocalModel:
         num_completions: int,
         temperature: float,
         top_p: float,
-        limits: _TokenLimits,
+        limits: TokenLimits,
     ) -> list[list[Generation]]:
-        """Sample completions of prompts that fit into the context."""
+        """Sample completions of prompts that fit into the context.
+
+        The longest prompts are first, so that an out-of-memory error occurs early.
+        """
+        queue = deque(sorted(range(len(prompts)), key=lambda i: -len(prompts[i])))
+        rows: list[SampledSequence] = []
+        active: DecodeBatch | None = None
+        while queue or active:
+            if active is None or (queue and active.accepts_rows):
+                active_rows = active.rows if active else []
+                if indices := self.take_prompts(queue, prompts, active_rows, num_completions, limits.total):
+                    new = self.start_rows(indices, batch, prompts, num_completions, limits)
+                    rows += new.rows
+                    if active:
+                        active.extend(new)
+                    else:
+                        active = new
+            assert active is not None  # a prompt always fits into an empty batch
+            tokens = self.sample_tokens(active, batch, temperature, top_p, limits)
+            tokens = active.drop_finished(tokens)
+            if active.rows:
+                active.run_step(self.model, tokens)
+            else:
+                active = None
         results: list[list[Generation]] = [[] for _ in batch]
-        for chunk in self.batch_by_length(prompts, rows_per_prompt=num_completions, max_new_tokens=limits.total):
-            rows = self.sample_batch(chunk, batch, prompts, num_completions, temperature, top_p, limits)
-            for row in rows:
-                results[row.request_index].append(self.make_generation(row, prompts[row.request_index]))
+        for row in rows:
+            results[row.request_index].append(self.make_generation(row, prompts[row.request_index]))
         return results
 
     @torch.inference_mode()
@@ -281,22 +292,28 @@ class LocalModel:
             )
         return ids
 
-    def batch_by_length(
-        self, prompts: Sequence[Sequence[int]], *, rows_per_prompt: int, max_new_tokens: int
-    ) -> list[list[int]]:
-        """Return batches of prompt indices. The prompts of a batch have similar lengths.
+    def take_prompts(
+        self,
+        queue: deque[int],
+        prompts: Sequence[Sequence[int]],
+        rows: Sequence[SampledSequence],
+        num_completions: int,
+        max_new_tokens: int,
+    ) -> list[int]:
+        """Remove the first prompts from the queue that fit into a batch with these rows. Return their indices.
 
-        The longest prompts are in the first batch, so that an out-of-memory error occurs early.
+        All completions of a prompt begin together. The first prompt always fits into an empty batch.
         """
-        order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-        chunks: list[list[int]] = []
-        for i in order:
-            longest = len(prompts[chunks[-1][0]]) if chunks else 0
-            is_full = not chunks or (len(chunks[-1]) + 1) * rows_per_prompt > self.max_batch_size
-            if is_full or (len(chunks[-1]) + 1) * rows_per_prompt * (longest + max_new_tokens) > _MAX_PREFILL_TOKENS:
-                chunks.append([])
-            chunks[-1].append(i)
-        return chunks
+        indices: list[int] = []
+        longest = max((row.num_prompt_tokens for row in rows), default=0)
+        while queue:
+            longest = max(longest, len(prompts[queue[0]]))
+            num_rows = len(rows) + (len(indices) + 1) * num_completions
+            is_full = num_rows > self.max_batch_size or num_rows * (longest + max_new_tokens) > self.max_batch_tokens
+            if is_full and (rows or indices):
+                break
+            indices.append(queue.popleft())
+        return indices
 
     def run_prefill(self, prompts: Sequence[Sequence[int]], cache: DynamicCache) -> tuple[torch.Tensor, torch.Tensor]:
         """Fill the cache. Return the logits at the end of each prompt (B, V) and the mask of the left-padded batch (B, T)."""
@@ -320,70 +337,100 @@ class LocalModel:
 
     # Sampling
 
-    def sample_batch(
+    def start_rows(
         self,
         prompt_indices: Sequence[int],
         batch: Sequence[GenerationRequest],
         prompts: Sequence[Sequence[int]],
         num_completions: int,
-        temperature: float,
-        top_p: float,
-        limits: _TokenLimits,
-    ) -> list[SampledSequence]:
-        """Sample all completions of one batch of prompts."""
+        limits: TokenLimits,
+    ) -> DecodeBatch:
+        """Compute these prompts. Return the rows of all their completions, before their first token."""
         cache = DynamicCache(config=self.model.config)
         logits, mask = self.run_prefill([prompts[i] for i in prompt_indices], cache)
+        if num_completions > 1:
+            cache.batch_repeat_interleave(num_completions)
+            logits, mask = logits.repeat_interleave(num_completions, 0), mask.repeat_interleave(num_completions, 0)
+        started = time.monotonic()
         rows = [
             SampledSequence(
                 i,
                 random.Random(f"{batch[i].seed}/{n}"),
+                len(prompts[i]),
+                started,
                 is_thinking=limits.thinking > 0 and not batch[i].prefill,
                 has_opening=self.is_reasoning_open(prompts[i]),
             )
             for i in prompt_indices
             for n in range(num_completions)
         ]
-        if num_completions > 1:
-            cache.batch_repeat_interleave(num_completions)
-            logits, mask = logits.repeat_interleave(num_completions, 0), mask.repeat_interleave(num_completions, 0)
-        active, positions, started = list(rows), mask.sum(-1), time.monotonic()
-        for step in range(limits.total):
-            tokens = self.sample_next_tokens(logits, active, temperature, top_p)
-            _stop_timed_out(active, batch, time.monotonic() - started)
-            if limits.thinking:
-                self.apply_limits(active, limits)
-            if step + 1 == limits.total or all(row.is_finished for row in active):
-                break
-            active, tokens, mask, positions = _drop_finished_rows(cache, active, tokens, mask, positions)
-            mask = torch.cat([mask, mask.new_ones(len(active), 1)], dim=-1)
-            out = self.model(
-                input_ids=tokens[:, None],
-                attention_mask=mask,
-                position_ids=positions[:, None],
-                past_key_values=cache,
-                use_cache=True,
-            )
-            logits, positions = out.logits[:, -1], positions + 1
-        return rows
+        return DecodeBatch(rows, cache, logits, mask, mask.sum(-1))
 
-    def sample_next_tokens(
-        self, logits: torch.Tensor, rows: Sequence[SampledSequence], temperature: float, top_p: float
+    def sample_tokens(
+        self,
+        active: DecodeBatch,
+        batch: Sequence[GenerationRequest],
+        temperature: float,
+        top_p: float,
+        limits: TokenLimits,
     ) -> torch.Tensor:
-        """Sample and return the next token of each row (R,). Append the token and its log-probability to unfinished rows."""
-        logprobs = torch.log_softmax(logits.float() / (temperature or 1.0), dim=-1)
-        if temperature == 0:
+        """Sample the next tokens of each row, and append them to the unfinished rows. Return the newest tokens (R,).
+
+        The model has not computed the newest tokens yet. No row gets more tokens than the limits allow.
+        """
+        remaining = min(limits.total - len(row.token_ids) for row in active.rows if not row.is_finished)
+        num_steps = min(self.steps_per_check, remaining)
+        uniforms = None
+        if temperature > 0:
+            samples = [[row.rng.random() for _ in range(num_steps)] for row in active.rows]
+            uniforms = torch.tensor(samples, dtype=torch.float64, device=self.device)
+        tokens: list[torch.Tensor] = []
+        logprobs: list[torch.Tensor] = []
+        for step in range(num_steps):
+            if step:
+                active.run_step(self.model, tokens[-1])
+            step_uniforms = None if uniforms is None else uniforms[:, step]
+            step_tokens, step_logprobs = self.choose_tokens(active, step, step_uniforms, temperature, top_p)
+            tokens.append(step_tokens)
+            logprobs.append(step_logprobs)
+        num_finished = active.num_finished
+        for values in zip(torch.stack(tokens).tolist(), torch.stack(logprobs).tolist(), strict=True):
+            self.append_tokens(active.rows, *values, limits)
+        _stop_timed_out(active.rows, batch)
+        if active.num_finished > num_finished:
+            active.freeze_finished()
+        return tokens[-1]
+
+    def choose_tokens(
+        self, active: DecodeBatch, step: int, uniforms: torch.Tensor | None, temperature: float, top_p: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the next token of each row and its log-probability. Both have shape (R,).
+
+        `uniforms` (R,) are None for the most likely token. `step` counts the steps since the last check for the ends of rows.
+        """
+        logprobs = torch.log_softmax(active.logits.float() / (temperature or 1.0), dim=-1)
+        if uniforms is None:
             tokens = logprobs.argmax(-1)
         else:
-            tokens = sample_inverse_cdf(apply_top_p(logprobs.exp(), top_p), [row.rng.random() for row in rows])
-        token_logprobs = logprobs.gather(-1, tokens[:, None])[:, 0].tolist()
-        for row, token, logprob in zip(rows, tokens.tolist(), token_logprobs, strict=True):
+            tokens = sample_inverse_cdf(apply_top_p(logprobs.exp(), top_p), uniforms)
+        return tokens, logprobs.gather(-1, tokens[:, None])[:, 0]
+
+    def append_tokens(
+        self, rows: Sequence[SampledSequence], tokens: Sequence[int], logprobs: Sequence[float], limits: TokenLimits
+    ) -> None:
+        """Append one token to each unfinished row, and mark the rows that end with it as finished."""
+        for row, token, logprob in zip(rows, tokens, logprobs, strict=True):
             if not row.is_finished:
                 row.token_ids.append(token)
                 row.logprobs.append(logprob)
                 row.is_finished = token in self.stop_token_ids or self.has_dialogue_marker(row)
-        return tokens
+        if limits.thinking:
+            self.apply_limits(rows, limits)
+        for row in rows:
+            if not row.is_finished and len(row.token_ids) >= limits.total:
+                row.is_finished = row.is_cut = True
 
-    def apply_limits(self, rows: Sequence[SampledSequence], limits: _TokenLimits) -> None:
+    def apply_limits(self, rows: Sequence[SampledSequence], limits: TokenLimits) -> None:
         """Mark the rows as finished whose reasoning or whose response has reached its limit."""
         for row in rows:
             if row.is_finished:
@@ -493,11 +540,12 @@ def _select_prompts(encoded: Sequence[Result[list[int]]]) -> list[list[int]]:
     return [prompt for prompt in encoded if not isinstance(prompt, CharterError)]
 
 
-def _stop_timed_out(rows: Sequence[SampledSequence], batch: Sequence[GenerationRequest], elapsed_s: float) -> None:
+def _stop_timed_out(rows: Sequence[SampledSequence], batch: Sequence[GenerationRequest]) -> None:
     """Mark the rows whose timeout has expired as finished."""
+    now = time.monotonic()
     for row in rows:
         limit = batch[row.request_index].timeout_s
-        if not row.is_finished and limit is not None and elapsed_s > limit:
+        if not row.is_finished and limit is not None and now - row.started > limit:
             row.is_finished = row.timed_out = True
 
 
@@ -528,21 +576,9 @@ def apply_top_p(probabilities: torch.Tensor, top_p: float) -> torch.Tensor:
     return probabilities.scatter(-1, index, ordered.masked_fill(outside, 0.0))
 
 
-def sample_inverse_cdf(probabilities: torch.Tensor, uniforms: Sequence[float]) -> torch.Tensor:
-    """Sample one token for each row (R,) by inverse transform sampling. `uniforms` has one number in [0, 1) for each row."""
+def sample_inverse_cdf(probabilities: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
+    """Sample one token for each row (R,) by inverse transform sampling. `uniforms` (R,) has fp64 numbers in [0, 1)."""
     # fp64 is needed: in fp32 the rounding error of 50,000 additions is larger than the probability of rare tokens.
     cumulative = probabilities.cumsum(-1, dtype=torch.float64)
-    points = torch.tensor(uniforms, dtype=torch.float64, device=probabilities.device)[:, None] * cumulative[:, -1:]
+    points = uniforms[:, None] * cumulative[:, -1:]
     return torch.searchsorted(cumulative, points, right=True)[:, 0].clamp(max=probabilities.shape[-1] - 1)
-
-
-def _drop_finished_rows(
-    cache: DynamicCache, rows: list[SampledSequence], tokens: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor
-) -> tuple[list[SampledSequence], torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Remove finished rows from the batch if there are enough of them to justify the copy."""
-    num_finished = sum(row.is_finished for row in rows)
-    if num_finished < max(1, _COMPACTION_FRACTION * len(rows)):
-        return rows, tokens, mask, positions
-    keep = torch.tensor([i for i, row in enumerate(rows) if not row.is_finished], device=tokens.device)
-    cache.batch_select_indices(keep)
-    return [row for row in rows if not row.is_finished], tokens[keep], mask[keep], positions[keep]

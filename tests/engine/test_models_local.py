@@ -3,6 +3,8 @@
 import math
 import shutil
 from collections import Counter
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from engine.models.chat_template import (
     escape_dialogue_markers,
     format_prompt,
 )
+from engine.models.decode_batch import DecodeBatch
 from engine.models.interface import GenerationRequest
 from engine.models.local import LocalModel, apply_top_p, sample_inverse_cdf
 from schemas.records import ChatMessage
@@ -85,19 +88,97 @@ def test_samples_follow_the_distribution_of_the_model(model):
 
 def test_inverse_cdf_and_top_p_match_hand_computed_values():
     p = torch.tensor([[0.5, 0.3, 0.2]])
-    assert [sample_inverse_cdf(p, [u]).item() for u in (0.0, 0.49, 0.51, 0.79, 0.81, 0.999999)] == [0, 0, 1, 1, 2, 2]
+    uniforms = torch.tensor([0.0, 0.49, 0.51, 0.79, 0.81, 0.999999], dtype=torch.float64)
+    assert sample_inverse_cdf(p.expand(6, 3), uniforms).tolist() == [0, 0, 1, 1, 2, 2]
     assert apply_top_p(p, 0.6).tolist() == [[0.5, pytest.approx(0.3), 0.0]]
     assert apply_top_p(p, 1.0) is p
 
 
-def test_batches_are_bounded_and_results_are_in_order(tiny):
+MANY_REQUESTS = [make_request("n" * (1 + 5 * n % 17), n) for n in range(10)]
+
+
+@pytest.fixture
+def batches(monkeypatch):
+    """Record, for each step of decoding, the number of rows, the number of cached tokens, and the longest row with its prompt."""
+    steps = []
+    run_step = DecodeBatch.run_step
+
+    def record(batch, model, tokens):
+        longest = max(row.num_prompt_tokens + len(row.token_ids) for row in batch.rows)
+        steps.append((len(batch.rows), batch.mask.shape[1], longest, int(batch.positions.max())))
+        run_step(batch, model, tokens)
+
+    monkeypatch.setattr(DecodeBatch, "run_step", record)
+    return steps
+
+
+@pytest.mark.parametrize("steps_per_check", [1, 4])
+@pytest.mark.parametrize("num_completions", [1, 2])
+def test_waiting_prompts_replace_finished_rows(tiny, batches, num_completions, steps_per_check):
+    model = LocalModel(tiny, max_batch_size=4 * num_completions, dtype=torch.float32)
+    options = {"num_completions": num_completions, "max_tokens": 40}
+    expected = [model.generate([request], **options)[0] for request in MANY_REQUESTS]
+    batches.clear()
+    model.steps_per_check = steps_per_check
+    for alone, batched in zip(expected, model.generate(MANY_REQUESTS, **options), strict=True):
+        assert [replace(g, logprobs=()) for g in batched] == [replace(g, logprobs=()) for g in alone]
+        for one, other in zip(alone, batched, strict=True):
+            assert other.logprobs == pytest.approx(one.logprobs, abs=1e-4)
+    assert max(rows for rows, _, _, _ in batches) == model.max_batch_size
+    # One batch after the other would need as many steps as the longest completion of each batch.
+    by_length = sorted(expected, key=lambda group: -len(group[0].prompt_token_ids))
+    lengths = [max(len(g.token_ids) for g in group) for group in by_length]
+    assert len(batches) < sum(max(lengths[i : i + 4]) - 1 for i in range(0, len(lengths), 4))
+    assert max(positions for _, _, _, positions in batches) < max(len(g.prompt_token_ids) for (g, *_) in expected) + 40
+
+
+def test_waiting_is_not_part_of_the_time_limit(tiny, monkeypatch):
+    """Each step takes a second. The second prompt waits for 20 s, and has a limit of 5 s."""
+    model = LocalModel(tiny, max_batch_size=1, dtype=torch.float32)
+    model.stop_token_ids = set()
+    seconds, run_step = [0.0], DecodeBatch.run_step
+
+    def take_a_second(batch, model, tokens):
+        seconds[0] += 1.0
+        run_step(batch, model, tokens)
+
+    monkeypatch.setattr(DecodeBatch, "run_step", take_a_second)
+    monkeypatch.setattr("engine.models.local.time", SimpleNamespace(monotonic=lambda: seconds[0]))
+    requests = [make_request("long prompt"), replace(make_request("short"), timeout_s=5.0)]
+    (unlimited,), (limited,) = model.generate(requests, max_tokens=20)
+    assert len(unlimited.token_ids) == 20 and unlimited.finish_reason == "length"
+    assert (
+        len(limited.token_ids) == 7 and limited.finish_reason == "timeout"
+    )  # after six steps, more than five seconds are over
+
+
+def test_batches_are_limited_by_tokens(tiny, batches):
+    model = LocalModel(tiny, max_batch_size=8, dtype=torch.float32)
+    longest = max(len(model.encode_request(request, 5)) for request in MANY_REQUESTS)
+    model.max_batch_tokens = 3 * (longest + 5)
+    results = model.generate(MANY_REQUESTS, max_tokens=5)
+    assert [g.prompt_token_ids for (g,) in results] == [tuple(model.encode_request(x, 5)) for x in MANY_REQUESTS]
+    assert all(rows * cached <= model.max_batch_tokens for rows, cached, _, _ in batches) and max(b[0] for b in batches) >= 3
+    model.max_batch_tokens = 1  # a prompt that exceeds the limit alone is computed alone
+    assert model.generate(MANY_REQUESTS, max_tokens=5) is not None and batches[-1][0] == 1
+
+
+def test_columns_without_tokens_are_removed(tiny, batches):
+    """A short prompt that follows a long one does not pay for the tokens of the long one."""
+    model = LocalModel(tiny, max_batch_size=2, dtype=torch.float32)
+    model.stop_token_ids = set()
+    requests = [make_request("x" * 60, 1), *(make_request("y", n) for n in range(4))]
+    model.generate(requests, max_tokens=10)
+    assert batches[-1][:2] == (1, batches[-1][2] - 1)
+
+
+def test_sliding_window_model_decodes_one_batch_after_the_other(tiny, monkeypatch):
     model = LocalModel(tiny, max_batch_size=4, dtype=torch.float32)
-    requests = [make_request("n" * (1 + n % 7), n) for n in range(11)]
-    chunks = model.batch_by_length([model.encode_request(a, 5) for a in requests], rows_per_prompt=2, max_new_tokens=5)
-    assert all(len(chunk) <= 2 for chunk in chunks) and sorted(i for c in chunks for i in c) == list(range(11))
-    results = model.generate(requests, num_completions=2, max_tokens=3)
-    assert [len(generations) for generations in results] == [2] * 11
-    assert [generations[0].prompt_token_ids for generations in results] == [tuple(model.encode_request(x, 5)) for x in requests]
+    expected = [g.token_ids for (g,) in model.generate(MANY_REQUESTS, max_tokens=12)]
+    model.model.config.sliding_window = 4096
+    model.model.config.layer_types = ["sliding_attention", "full_attention"]
+    monkeypatch.setattr(DecodeBatch, "extend", None)  # its cache has another form, so no row can join
+    assert [g.token_ids for (g,) in model.generate(MANY_REQUESTS, max_tokens=12)] == expected
 
 
 def test_prompt_beyond_the_context_is_a_permanent_error_of_its_request_only(model):

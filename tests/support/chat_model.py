@@ -36,13 +36,9 @@ def script_completion(model, monkeypatch, text):
     """Let the model write a text and its end token after every prompt. Return the token ids."""
     ids = [*model.tokenizer(text, add_special_tokens=False)["input_ids"], model.tokenizer.eos_token_id]
 
-    def sample(logits, rows, temperature, top_p):
-        for row in rows:
-            if not row.is_finished:
-                row.token_ids.append(ids[len(row.token_ids)])
-                row.logprobs.append(-0.5)
-                row.is_finished = row.token_ids[-1] in model.stop_token_ids
-        return torch.tensor([row.token_ids[-1] for row in rows])
+    def choose(active, step, uniforms, temperature, top_p):
+        lengths = [len(row.token_ids) + step for row in active.rows]  # a finished row may wait for its removal
+        return torch.tensor([ids[min(length, len(ids) - 1)] for length in lengths]), torch.full((len(lengths),), -0.5)
 
-    monkeypatch.setattr(model, "sample_next_tokens", sample)
+    monkeypatch.setattr(model, "choose_tokens", choose)
     return ids

@@ -26,7 +26,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
 from trl import DPOConfig, DPOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
@@ -176,8 +175,8 @@ def train(
     return save, metrics | {"examples": float(len(train_examples)), "held_out": float(len(held_out))}
 
 
-def _build_dataset(tokenizer: Any, examples: Sequence[PreferenceExample], max_length: int) -> Dataset:
-    return Dataset.from_list([encode_pair(tokenizer, example, max_length) for example in examples])
+def _build_dataset(tokenizer: Any, examples: Sequence[PreferenceExample], max_length: int) -> Any:
+    return hf.make_dataset([encode_pair(tokenizer, example, max_length) for example in examples])
 
 
 def _evaluate_held_out(trainer: Any) -> dict[str, float]:

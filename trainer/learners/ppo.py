@@ -79,7 +79,7 @@ import torch.nn.functional as F
 
 from engine.errors import TrainingFailed
 from trainer import distributed, weights
-from trainer.hf import StepCallback, compute_learning_rate_factor, ignore_step, require_finite
+from trainer.hf import IGNORE_INDEX, StepCallback, compute_learning_rate_factor, ignore_step, require_finite
 from trainer.learners.policy_math import (
     adapt_beta,
     compute_clipped_policy_loss,
@@ -101,7 +101,6 @@ from trainer.learners.rollouts import (
     compute_other_logprobs,
     pad_behavior_logprobs,
 )
-from trainer.learners.sft import IGNORE_INDEX
 from trainer.weights import Hardware
 
 logger = logging.getLogger("charter.trainer")

@@ -34,7 +34,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from datasets import Dataset
 from trl import RewardConfig, RewardTrainer
 
 from engine.errors import TrainingFailed, UsageError
@@ -354,7 +353,7 @@ def _train_member(
             args=RewardConfig(
                 **hf.build_training_arguments(output, **training_arguments, texts_per_row=2), remove_unused_columns=False
             ),
-            train_dataset=Dataset.from_list(list(rows)),
+            train_dataset=hf.make_dataset(rows),
             processing_class=tokenizer,
             data_collator=collate,
         )

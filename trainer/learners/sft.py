@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
 from trl import SFTConfig, SFTTrainer
 
 from engine.errors import TrainingFailed
@@ -29,8 +28,7 @@ from engine.models.chat_template import encode_completion, encode_prompt
 from engine.text import format_count
 from schemas.records import ChatMessage
 from trainer import hf, weights
-
-IGNORE_INDEX = -100  # the label of tokens that the loss ignores (PyTorch's default)
+from trainer.hf import IGNORE_INDEX as IGNORE_INDEX
 
 
 @dataclass(frozen=True)
@@ -113,6 +111,6 @@ def train(
             padding_free=padding_free,
             dataset_kwargs={"skip_prepare_dataset": True},
         )
-        trainer = SFTTrainer(model=model, args=config, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
+        trainer = SFTTrainer(model=model, args=config, train_dataset=hf.make_dataset(rows), processing_class=tokenizer)
         metrics = hf.run_trainer(trainer, on_step)
     return trainer.model, tokenizer, metrics | {"examples": float(len(rows))}

@@ -1,0 +1,1 @@
+"""Measure Charter on one GPU (python -m benchmarks.gpu)."""
