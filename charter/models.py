@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 from charter.served_policy import require_base_model, require_reload_support, require_reloaded_weights
 from engine.bus.port import Bus
-from engine.checkpoints import locate_checkpoint, read_checkpoint
 from engine.errors import CharterError, UsageError
 from engine.models import open_model, resolve_model_folder
 from engine.models.interface import Model
@@ -18,6 +17,7 @@ from engine.models.vllm import INITIAL_WEIGHT_VERSION, VllmServer
 from engine.policy import PolicyFollower, read_policy_updates
 from engine.settings import Settings
 from engine.reloaded_weights import ReloadedWeights, WeightLoader
+from engine.remote_checkpoints import fetch_checkpoint
 from engine.weight_sync import BASE_WEIGHTS_NAME, VLLM, WeightSync
 from engine.worker import ModelExecutor
 from schemas.records import ConfigurationField, PolicyKind, PolicyUpdate, Record
@@ -143,8 +143,8 @@ class RoleModels:
         is_base = update.restored_version == 0
         if is_base and not self._replaces_weights(self.get_spec("policy")):
             return self.get_model("policy")
-        path = locate_checkpoint(update.uri, self.settings.folder / "checkpoints")
-        folder = self._get_base_folder() if is_base else read_checkpoint(path, update.content_hash).folder
+        checkpoints = self.settings.folder / "checkpoints"
+        folder = self._get_base_folder() if is_base else fetch_checkpoint(update.uri, checkpoints, update.content_hash).folder
         if is_endpoint(self.get_spec("policy")):
             return self.get_weight_sync()(update, folder)
         return open_model(str(folder), threads=self.settings.models.threads, max_batch_size=self.settings.models.max_batch_size)

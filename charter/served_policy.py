@@ -107,7 +107,9 @@ def require_reload_support(endpoint: Endpoint, base_folder: Path) -> None:
         device = server.get_device()
     except ModelUnreachable as error:
         raise UsageError(
-            f"the weights of {endpoint.url} cannot be replaced (models.weight_sync = vllm)", f"{error.what}: {error.why}", DEV_MODE_FIX
+            f"the weights of {endpoint.url} cannot be replaced (models.weight_sync = vllm)",
+            f"{error.what}: {error.why}",
+            DEV_MODE_FIX,
         ) from error
     if device == "cpu" and AutoConfig.from_pretrained(base_folder, trust_remote_code=False).tie_word_embeddings:
         raise UsageError(

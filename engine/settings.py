@@ -650,6 +650,10 @@ class TrainSettings(_Section):
     base_model: str = Field(
         "", description="Model that provides the initial weights for training. If empty, models.policy is used."
     )
+    checkpoint_url: str = Field(
+        "",
+        description="URL to which the trainer copies checkpoints (s3://, gs://, file://), so that responders need no shared disk. If empty, none.",
+    )
     save_total_limit: int = Field(
         3,
         ge=1,

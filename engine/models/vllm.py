@@ -20,7 +20,9 @@ if TYPE_CHECKING:
 INITIAL_WEIGHT_VERSION = "default"  # the weight version of a server that was just started
 LORA_FIX = "start vLLM with --enable-lora, VLLM_ALLOW_RUNTIME_LORA_UPDATING=True and a sufficient --max-lora-rank"
 DEV_MODE_FIX = "start vLLM (0.32 or newer) with VLLM_SERVER_DEV_MODE=1, or set models.weight_sync to vllm-lora"
-_RELOAD_FIX = "check that the server sees this folder under the same path, and its log; a failed reload can end vLLM, so restart it"
+_RELOAD_FIX = (
+    "check that the server sees this folder under the same path, and its log; a failed reload can end vLLM, so restart it"
+)
 _CALL_TIMEOUT_S = 60.0
 _RELOAD_TIMEOUT_S = 3600.0  # also the time to finish the requests in flight
 
@@ -75,9 +77,7 @@ class VllmServer:
     def reload_weights(self, folder: Path) -> None:
         """Load the weights of a folder, which the server reads itself. Also empty the cache of prefixes, which has the old weights."""
         body = {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}}
-        self._call(
-            f"load {folder}", "POST", "/collective_rpc", timeout_s=_RELOAD_TIMEOUT_S, fix=_RELOAD_FIX, json=body
-        )
+        self._call(f"load {folder}", "POST", "/collective_rpc", timeout_s=_RELOAD_TIMEOUT_S, fix=_RELOAD_FIX, json=body)
         if not self._call("empty its prefix cache", "POST", "/reset_prefix_cache").json()["success"]:
             raise ModelUnreachable(
                 f"{self.endpoint.url} did not empty its prefix cache",

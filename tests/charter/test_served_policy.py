@@ -113,7 +113,10 @@ def test_server_without_rollouts_is_refused_if_rl_needs_them(server, tiny, caplo
         ({"models.critic": "http://127.0.0.1:9/v1#other"}, "models.critic"),
         ({"models.critic": "scripted"}, "monitor.judge"),
         ({"models.critic": "scripted", "monitor.prompts": "0"}, "models.judge"),
-        ({"models.critic": "scripted", "models.judge": "scripted", "monitor.judge": "http://localhost:9/v1#m"}, "monitor.judge"),
+        (
+            {"models.critic": "scripted", "models.judge": "scripted", "monitor.judge": "http://localhost:9/v1#m"},
+            "monitor.judge",
+        ),
         ({"models.critic": "scripted", "models.judge": "http://localhost:8/v1#m"}, None),
         ({"models.weight_sync": "vllm-lora"}, None),
     ],
@@ -129,7 +132,9 @@ def test_server_whose_weights_are_replaced_must_not_serve_the_critic_or_a_judge(
     assert len(str(caught.value).splitlines()) == 3
 
 
-@pytest.mark.parametrize(("page", "words"), [("/weight_info", "report its weight version"), (None, "keeps the old output layer")])
+@pytest.mark.parametrize(
+    ("page", "words"), [("/weight_info", "report its weight version"), (None, "keeps the old output layer")]
+)
 def test_server_whose_weights_cannot_be_replaced_is_refused(server, tiny, page, words):
     server.http.pages["/weight_info"] = {"weight_version": "default"}
     server.http.pages["/server_info"] = {"vllm_config": {"device_config": {"device": "cpu"}}}

@@ -66,7 +66,9 @@ def test_policy_is_loaded_while_the_server_is_paused_and_verified_before_it_has_
     ]  # fmt: skip
     assert server.version.startswith("policy-000001-00000001.") and generate(policy) == f"fine {tmp_path / 'p1'}"
     assert (policy.id, policy.revision) == ("base", compute_served_revision(base.url, "policy-000001-00000001"))
-    assert load(server, base, 1, tmp_path).revision == policy.revision and len(server.calls) == 6  # a second process loads nothing
+    assert (
+        load(server, base, 1, tmp_path).revision == policy.revision and len(server.calls) == 6
+    )  # a second process loads nothing
 
 
 def test_restarted_server_gets_the_weights_again_before_the_next_batch(server, base, tmp_path):

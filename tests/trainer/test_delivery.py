@@ -89,7 +89,11 @@ def publish(bus, folder, version, *, adapter=True):
 
 
 def test_served_version_changes_only_when_the_server_has_loaded_the_adapter(server, bus, tmp_path):
-    flags = {"models.policy": f"{server.http.url}#base", "models.weight_sync": "vllm-lora", "data.folder": str(tmp_path / "data")}
+    flags = {
+        "models.policy": f"{server.http.url}#base",
+        "models.weight_sync": "vllm-lora",
+        "data.folder": str(tmp_path / "data"),
+    }
     models = RoleModels(load_settings(flags, environment={})[0])
     policy = make_policy_getter(models, bus, None)
     assert (policy()[0].id, policy()[1]) == ("base", 0)
@@ -102,7 +106,8 @@ def test_served_version_changes_only_when_the_server_has_loaded_the_adapter(serv
     assert (model.id, version, model.revision) == (name, 1, compute_served_revision(server.http.url, name))
     assert {"lora_name": name, "lora_path": str(checkpoint_folder / "adapter")} in server.adapter_loads
     assert (
-        model.generate([GenerationRequest(MESSAGES)])[0][0].text == "fine first" and server.http.request_bodies[-1]["model"] == name
+        model.generate([GenerationRequest(MESSAGES)])[0][0].text == "fine first"
+        and server.http.request_bodies[-1]["model"] == name
     )
     publish(bus, tmp_path / "data", 2, adapter=False)
     assert policy() == (model, 1)  # it was trained with all weights and has no adapter
@@ -139,7 +144,11 @@ def test_revision_mismatch_accepts_the_revision_of_a_server():
 
 def open_policies(server, bus, tmp_path, count):
     """Publish policies with adapters, and load each. Return the models of the roles and the endpoints."""
-    flags = {"models.policy": f"{server.http.url}#base", "models.weight_sync": "vllm-lora", "data.folder": str(tmp_path / "data")}
+    flags = {
+        "models.policy": f"{server.http.url}#base",
+        "models.weight_sync": "vllm-lora",
+        "data.folder": str(tmp_path / "data"),
+    }
     models = RoleModels(load_settings(flags, environment={})[0])
     policy, endpoints = make_policy_getter(models, bus, None), []
     for version in range(1, count + 1):
