@@ -133,6 +133,13 @@ def _get_phrase(status: int) -> str:
     return next((known.phrase for known in HTTPStatus if known == status), "")
 
 
+def _remove_prefill(result: Result[Generation], prefill: str) -> Result[Generation]:
+    """Return the result without the prefilled message at the start of its text."""
+    if not prefill or not isinstance(result, Generation):
+        return result
+    return replace(result, text=result.text.removeprefix(prefill))
+
+
 class _ServerMisconfigured(ModelUnreachable):
     """The server answers, but the address, the model or the key is wrong."""
 
@@ -338,7 +345,11 @@ class Endpoint:
             for request in batch
             for n in range(num_completions)
         ]
-        generations = self.find_cut_reasoning(self.send_requests(requests, parse_generation))
+        results = self.send_requests(requests, parse_generation)
+        if server_capabilities.echoes_prefill:
+            prefills = [request.prefill for request in batch for _ in range(num_completions)]
+            results = [_remove_prefill(result, prefill) for result, prefill in zip(results, prefills, strict=True)]
+        generations = self.find_cut_reasoning(results)
         return [combine_results(generations[i : i + num_completions]) for i in range(0, len(generations), num_completions)]
 
     def find_cut_reasoning(self, results: Sequence[Result[Generation]]) -> list[Result[Generation]]:

@@ -156,7 +156,7 @@ def make_script(
 ):
     """Return the script of a server with the given capabilities. Like strict servers, it rejects unknown fields with status 400.
 
-    `prefill_support` is "never", "requested" (only with vLLM's fields) or "always". `max_top_logprobs` is the largest accepted
+    `prefill_support` is "never", "requested" (only with vLLM's fields), "always" or "echoed" (as llama.cpp does without streaming). `max_top_logprobs` is the largest accepted
     value of top_logprobs. With `streams`, a request with `stream` is answered with a stream.
     """
     accepted_fields = accepted_fields | (STREAM_FIELDS if streams else set())
@@ -168,8 +168,10 @@ def make_script(
             return 400, {"error": {"message": f"top_logprobs must be at most {max_top_logprobs}"}}
         has_prefill = request["messages"][-1]["role"] == "assistant"
         continue_requested = request.get("continue_final_message") and not request.get("add_generation_prompt", True)
-        continues = prefill_support == "always" or (prefill_support == "requested" and continue_requested)
+        continues = prefill_support in ("always", "echoed") or (prefill_support == "requested" and continue_requested)
         text = "en, twelve" if has_prefill and continues else "one, two"
+        if has_prefill and prefill_support == "echoed" and not request.get("stream"):
+            text = request["messages"][-1]["content"] + text
         top = None
         if logprobs and request.get("logprobs"):
             temperature = (request["temperature"] or 1.0) if processed_logprobs else 1.0
