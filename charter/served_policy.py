@@ -76,7 +76,7 @@ def require_base_model(
 def require_reloaded_weights(endpoint: Endpoint, folder: Path) -> None:
     """Raise ModelUnreachable if the log-probabilities of the server are not those of the weights in `folder`, which it has loaded.
 
-    Weights that are too large for a forward pass on this machine are not compared, and a warning says so.
+    Weights that are too large for a forward pass on this machine are not compared, and the log has a warning.
     """
     generation = _generate(endpoint)
     if not generation.logprobs or not _is_small(folder):

@@ -73,7 +73,7 @@ def upload_checkpoint(checkpoint: Checkpoint, url: str) -> str:
 
 
 def remove_remote_checkpoint(url: str) -> None:
-    """Remove the copy of a checkpoint, its manifest first. Do nothing if there is none."""
+    """Remove the copy of a checkpoint, its manifest first. If it does not exist, do nothing."""
     with _open_filesystem(url) as (files, path):
         for part in (f"{path}/{MANIFEST_FILENAME}", path):
             with suppress(FileNotFoundError):

@@ -1,6 +1,7 @@
 """All weights of a fake vLLM server are replaced, and no response of other weights is used."""
 
 import socket
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -69,6 +70,13 @@ def test_policy_is_loaded_while_the_server_is_paused_and_verified_before_it_has_
     assert (
         load(server, base, 1, tmp_path).revision == policy.revision and len(server.calls) == 6
     )  # a second process loads nothing
+
+
+def test_processes_that_load_the_same_policy_wait_for_the_first_of_them(server, base, tmp_path):
+    with ThreadPoolExecutor(4) as executor:
+        policies = list(executor.map(lambda _: load(server, base, 1, tmp_path), range(4)))
+    assert server.calls.count("/collective_rpc") == 1
+    assert {generate(policy) for policy in policies} == {f"fine {tmp_path / 'p1'}"}
 
 
 def test_restarted_server_gets_the_weights_again_before_the_next_batch(server, base, tmp_path):
