@@ -15,9 +15,9 @@ from engine.models import open_model, resolve_model_folder
 from engine.models.interface import Model
 from engine.models.vllm import INITIAL_WEIGHT_VERSION, VllmServer
 from engine.policy import PolicyFollower, read_policy_updates
-from engine.settings import Settings
 from engine.reloaded_weights import ReloadedWeights, WeightLoader
 from engine.remote_checkpoints import fetch_checkpoint
+from engine.settings import Settings
 from engine.weight_sync import BASE_WEIGHTS_NAME, VLLM, WeightSync
 from engine.worker import ModelExecutor
 from schemas.records import ConfigurationField, PolicyKind, PolicyUpdate, Record

@@ -42,7 +42,8 @@ def require_base_model(
 ) -> None:
     """Raise UsageError if the server uses another tokenizer or other weights than `base_model`.
 
-    `compare_weights` is false if the server has the weights of a later policy. If RL must train on the completions (`needs_rollouts`), also raise it if the server lacks token ids or their log-probabilities.
+    `compare_weights` is false if the server has the weights of a later policy. If RL must train on the completions
+    (`needs_rollouts`), also raise it if the server lacks token ids or their log-probabilities.
     Otherwise a server without token ids is not compared with the base model, because RL skips its completions.
     """
     if not endpoint.capabilities.exact_logprobs:

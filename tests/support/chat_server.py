@@ -156,7 +156,8 @@ def make_script(
 ):
     """Return the script of a server with the given capabilities. Like strict servers, it rejects unknown fields with status 400.
 
-    `prefill_support` is "never", "requested" (only with vLLM's fields), "always" or "echoed" (as llama.cpp does without streaming). `max_top_logprobs` is the largest accepted
+    `prefill_support` is "never", "requested" (only with vLLM's fields), "always" or "echoed" (as llama.cpp does without streaming).
+    `max_top_logprobs` is the largest accepted
     value of top_logprobs. With `streams`, a request with `stream` is answered with a stream.
     """
     accepted_fields = accepted_fields | (STREAM_FIELDS if streams else set())
