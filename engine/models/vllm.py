@@ -38,7 +38,7 @@ class VllmServer:
     def list_models(self) -> set[str]:
         """Return the names that the server serves: its model and the loaded adapters."""
         response = self._call("list its models", "GET", "/v1/models", fix="check models.* and the server")
-        return {str(model["id"]) for model in response.json()["data"]}
+        return {str(model["id"]) for model in self._read(response, "data")}
 
     def load_adapter(self, name: str, folder: Path) -> None:
         """Load an adapter under a name. If an adapter with this name is already loaded, do not raise an error."""
@@ -54,15 +54,15 @@ class VllmServer:
 
     def get_weight_version(self) -> str:
         """Return the version that `set_weight_version` set last. A restarted server has INITIAL_WEIGHT_VERSION."""
-        return str(self._call("report its weight version", "GET", "/weight_info").json()["weight_version"])
+        return str(self._read(self._call("report its weight version", "GET", "/weight_info"), "weight_version"))
 
     def set_weight_version(self, version: str) -> None:
         self._call("set its weight version", "POST", "/update_weight_version", json={"new_version": version})
 
     def get_device(self) -> str:
         """Return the type of the device of the model: cuda, cpu, ..."""
-        info = self._call("describe itself", "GET", "/server_info", params={"config_format": "json"}).json()
-        return str(info["vllm_config"]["device_config"]["device"])
+        info = self._call("describe itself", "GET", "/server_info", params={"config_format": "json"})
+        return str(self._read(info, "vllm_config", "device_config", "device"))
 
     def pause(self) -> None:
         """Finish the requests in flight, and keep new requests waiting until `resume`.
@@ -78,12 +78,26 @@ class VllmServer:
         """Load the weights of a folder, which the server reads itself. Also empty the cache of prefixes, which has the old weights."""
         body = {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}}
         self._call(f"load {folder}", "POST", "/collective_rpc", timeout_s=_RELOAD_TIMEOUT_S, fix=_RELOAD_FIX, json=body)
-        if not self._call("empty its prefix cache", "POST", "/reset_prefix_cache").json()["success"]:
+        if not self._read(self._call("empty its prefix cache", "POST", "/reset_prefix_cache"), "success"):
             raise ModelUnreachable(
                 f"{self.endpoint.url} did not empty its prefix cache",
                 "the cache has keys and values of the old weights",
                 "nothing: the weights are loaded again",
             )
+
+    def _read(self, response: httpx.Response, *names: str) -> Any:
+        """Return a field of a JSON response. Raise ModelUnreachable if the response is not one of vLLM."""
+        try:
+            value = response.json()
+            for name in names:
+                value = value[name]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ModelUnreachable(
+                f"the response of {self.endpoint.url} to {response.request.url.path} has no {'.'.join(names)}",
+                self.endpoint.sanitize_error_text(response.content) or "it is empty",
+                "check that the address is that of a vLLM server (0.32 or newer), and not of a proxy or another server",
+            ) from error
+        return value
 
     def _call(
         self,

@@ -141,6 +141,13 @@ def test_dead_loader_of_this_machine_is_replaced_and_that_of_another_machine_is_
     assert generate(load(server, base, 1, tmp_path)) == f"fine {tmp_path / 'p1'}"
 
 
+def test_server_that_is_not_vllm_is_reported_in_three_lines(server, base):
+    server.http.pages["/weight_info"] = {"status": "ok"}
+    with pytest.raises(ModelUnreachable, match="has no weight_version") as caught:
+        generate(base)
+    assert len(str(caught.value).splitlines()) == 3
+
+
 def test_restored_base_model_is_loaded_and_has_the_revision_of_version_0(server, base, tmp_path):
     load(server, base, 1, tmp_path)
     restored = load(server, base, 2, tmp_path, restored_version=0)

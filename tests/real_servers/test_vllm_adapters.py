@@ -27,16 +27,16 @@ def test_adapters_are_delivered_and_those_that_no_request_uses_are_unloaded(mode
     endpoints = []
     for update in updates:
         endpoints.append(models.open_policy_update(update))
-        check_weights(update.uri, generate(endpoints[-1], max_tokens=8), f"vLLM, adapter of version {update.version}")
+        check_weights(update.uri, generate(endpoints[-1], max_tokens=8), f"vLLM, adapter of version {update.version}", smollm2)
     assert list_adapters(models) == {endpoint.id for endpoint in endpoints[1:]}
     check_weights(updates[0].uri, generate(endpoints[0], max_tokens=4), "vLLM, adapter of version 1 loaded again")
 
 
-def test_restarted_server_gets_the_adapter_again(models, updates, vllm_lora):
+def test_restarted_server_gets_the_adapter_again(models, updates, vllm_lora, smollm2):
     policy = models.open_policy_update(updates[2])
     vllm_lora.kill()
     vllm_lora.start()
     vllm_lora.wait_until_ready()
     assert list_adapters(models) == set()
-    check_weights(updates[2].uri, generate(policy, max_tokens=4), "vLLM, adapter of version 3 after a restart")
+    check_weights(updates[2].uri, generate(policy, max_tokens=4), "vLLM, adapter of version 3 after a restart", smollm2)
     assert list_adapters(models) == {policy.id}

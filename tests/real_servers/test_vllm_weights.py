@@ -2,6 +2,7 @@
 
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
@@ -27,13 +28,16 @@ def generate(endpoint, seed=0, max_tokens=24):
     return [generation for generations in results for generation in generations]
 
 
-def check_weights(folder, generations, name):
-    """Require that the completions were sampled from the weights in a folder; report how exactly."""
+def check_weights(folder, generations, name, other=None):
+    """Require that the completions were sampled from the weights in a folder and not from those in `other`; report how exactly."""
     differences = compute_differences(folder, generations)
     mean, weight = float(differences.abs().mean()), float(differences.exp().mean())
     report(f"{name}: {len(differences)} tokens, mean |log-prob difference| {mean:.4f}, mean importance weight {weight:.4f}")
     assert mean < MAX_DIFFERENCE and 0.9 < weight < 1.1
-    return mean
+    if other is not None:
+        mean_of_other = float(compute_differences(other, generations).abs().mean())
+        report(f"{name}: {mean_of_other:.4f} with the weights in {Path(other).name}")
+        assert mean_of_other > 2 * mean
 
 
 @pytest.fixture(scope="module")
@@ -89,13 +93,13 @@ def test_batches_during_a_switch_have_the_weights_of_their_policy(models, vllm, 
     report(f"switch in mid-stream: {len(batches)} batches used, {len(discarded)} discarded ({[e.what for e in discarded]})")
     assert first.revision != second.revision
     for endpoint, generations in batches:
-        update = updates[0] if endpoint is first else updates[1]
-        check_weights(update.uri, generations, f"vLLM, version {update.version}")
+        update, other = updates if endpoint is first else reversed(updates)
+        check_weights(update.uri, generations, f"vLLM, version {update.version}", other.uri)
     with pytest.raises(ModelUnreachable, match="newer weights"):
         generate(first)
 
 
-def test_server_killed_in_the_middle_gets_its_policy_again(models, vllm, updates):
+def test_server_killed_in_the_middle_gets_its_policy_again(models, vllm, updates, untied):
     policy = models.open_policy_update(updates[1])
     policy.backoff_range_s = (0.1, 1.0)
     results = []
@@ -117,4 +121,4 @@ def test_server_killed_in_the_middle_gets_its_policy_again(models, vllm, updates
     vllm.wait_until_ready()
     thread.join()
     assert VllmServer(policy).get_weight_version().startswith("policy-000002-")
-    check_weights(updates[1].uri, results[0], "vLLM, version 2 after a restart")
+    check_weights(updates[1].uri, results[0], "vLLM, version 2 after a restart", untied)

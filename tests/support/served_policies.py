@@ -24,12 +24,12 @@ def make_settings(folder, address, base, method, **more):
 
 
 def train_policy(folder, base, version, *, lora_rank):
-    """Write the checkpoint of a policy that was trained on one sentence, and return its update."""
+    """Write the checkpoint of a policy that was trained on one sentence until it differs clearly. Return its update."""
     torch.set_num_threads(1)
     texts = [
         SftExample(MESSAGES, f"Bird number {version} is a parrot that counts to {version}.", True, str(n)) for n in range(4)
     ]
-    model, tokenizer, _ = sft.train(base, texts, learning_rate=1e-4, lora_rank=lora_rank, hardware=HARDWARE)
+    model, tokenizer, _ = sft.train(base, texts, learning_rate=1e-4, epochs=6, lora_rank=lora_rank, hardware=HARDWARE)
     checkpoint = write_checkpoint(
         folder / "data" / "checkpoints" / f"policy-{version:06d}", phases.make_sft_saver(model, tokenizer, base, base), {}
     )
