@@ -92,6 +92,7 @@ class WeightSync:
     def reload(self, update: PolicyUpdate, name: str, folder: Path) -> Endpoint:
         """Replace the weights of the server. A policy with the weights of the base model has the revision of the base model."""
         assert self.loader is not None
+        _ = self.endpoint.server_capabilities  # refuses a server whose weights cannot be replaced, before they are
         weights = ReloadedWeights(self.loader, update.version, name, folder.resolve())
         weights.acquire()
         return self.endpoint.with_weights(weights, None if update.restored_version == 0 else name)

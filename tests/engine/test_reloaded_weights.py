@@ -72,6 +72,16 @@ def test_policy_is_loaded_while_the_server_is_paused_and_verified_before_it_has_
     )  # a second process loads nothing
 
 
+def test_refused_server_keeps_its_weights(server, base, tmp_path):
+    def refuse(endpoint):
+        raise UsageError("the weights cannot be replaced")
+
+    base.verify = refuse
+    with pytest.raises(UsageError, match="cannot be replaced"):
+        load(server, base, 1, tmp_path)
+    assert server.calls == [] and server.weights == "first"
+
+
 def test_processes_that_load_the_same_policy_wait_for_the_first_of_them(server, base, tmp_path):
     with ThreadPoolExecutor(4) as executor:
         policies = list(executor.map(lambda _: load(server, base, 1, tmp_path), range(4)))
