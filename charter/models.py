@@ -5,17 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from charter.served_policy import require_base_model
+from charter.served_policy import require_base_model, require_reload_support, require_reloaded_weights
 from engine.bus.port import Bus
-from engine.checkpoints import locate_checkpoint, read_checkpoint
 from engine.errors import CharterError, UsageError
-from engine.models import open_model
+from engine.models import open_model, resolve_model_folder
 from engine.models.interface import Model
+from engine.models.vllm import INITIAL_WEIGHT_VERSION, VllmServer
 from engine.policy import PolicyFollower, read_policy_updates
+from engine.reloaded_weights import ReloadedWeights, WeightLoader
+from engine.remote_checkpoints import fetch_checkpoint
 from engine.settings import Settings
-from engine.weight_sync import WeightSync
+from engine.weight_sync import BASE_WEIGHTS_NAME, VLLM, WeightSync
 from engine.worker import ModelExecutor
 from schemas.records import ConfigurationField, PolicyKind, PolicyUpdate, Record
 from trainer.methods import RL_METHODS
@@ -42,6 +45,7 @@ class RoleModels:
     open_models: dict[str, Model] = field(default_factory=dict)
     executors: dict[str, ModelExecutor] = field(default_factory=dict)
     policy_follower: PolicyFollower | None = None
+    weight_sync: WeightSync | None = None
 
     def close(self) -> None:
         if self.policy_follower:
@@ -64,7 +68,10 @@ class RoleModels:
                     "stream": settings.stream,
                     "verify": self._make_verification(spec),
                 }
-            self.open_models[spec] = open_model(spec, **options)
+            model: Any = open_model(spec, **options)
+            if self._replaces_weights(spec):
+                model.served_weights = self._make_base_weights(model)
+            self.open_models[spec] = model
         return self.open_models[spec]
 
     def _make_verification(self, spec: str) -> Callable[[Endpoint], None] | None:
@@ -73,7 +80,29 @@ class RoleModels:
         if spec != self.settings.models.policy or not base_model or is_endpoint(base_model):
             return None
         needs_rollouts = bool(self.settings.models.weight_sync) and RL_METHODS[self.settings.train.rl_method].uses_rollouts
-        return partial(require_base_model, base_model=base_model, needs_rollouts=needs_rollouts)
+        verify = partial(require_base_model, base_model=base_model, needs_rollouts=needs_rollouts)
+        return partial(_verify_replaceable, verify=verify, base_model=base_model) if self._replaces_weights(spec) else verify
+
+    def _replaces_weights(self, spec: str) -> bool:
+        """Return whether all weights of the server of this model are replaced by those of each policy."""
+        return is_endpoint(spec) and spec == self.settings.models.policy and self.settings.models.weight_sync == VLLM
+
+    def _make_base_weights(self, endpoint: Endpoint) -> ReloadedWeights:
+        return ReloadedWeights(self._make_loader(endpoint), 0, BASE_WEIGHTS_NAME, self._get_base_folder())
+
+    def _make_loader(self, endpoint: Endpoint) -> WeightLoader:
+        lock_path = self.settings.folder / "weight_sync.lock"
+        return WeightLoader(VllmServer(endpoint), require_reloaded_weights, lock_path)
+
+    def _get_base_folder(self) -> Path:
+        """Return the folder of version 0. Raise UsageError if train.base_model is not set."""
+        if not self.settings.train.base_model:
+            raise UsageError(
+                "models.weight_sync = vllm needs train.base_model",
+                "the weights that the server loads are compared with those on this machine",
+                "set train.base_model to the model that the server serves",
+            )
+        return resolve_model_folder(self.settings.train.base_model)
 
     def get_model(self, role: str) -> Model:
         return self.get_model_by_spec(self.get_spec(role))
@@ -101,16 +130,34 @@ class RoleModels:
         self.policy_follower = self.policy_follower or PolicyFollower(bus, self.get_model("policy"), self.open_policy_update)
         return self.policy_follower
 
+    def get_weight_sync(self) -> WeightSync:
+        """Return the object that loads policies into the server of the policy."""
+        if self.weight_sync is None:
+            endpoint: Any = self.get_model("policy")  # an Endpoint, because its setting is the address of a server
+            loader = self._make_loader(endpoint) if self._replaces_weights(self.get_spec("policy")) else None
+            self.weight_sync = WeightSync(endpoint, self.settings.models.weight_sync, loader)
+        return self.weight_sync
+
     def open_policy_update(self, update: PolicyUpdate) -> Model:
         """Verify the checkpoint of a policy update. Load the weights, or send the weights to the server of an endpoint."""
-        if update.restored_version == 0:
+        is_base = update.restored_version == 0
+        if is_base and not self._replaces_weights(self.get_spec("policy")):
             return self.get_model("policy")
-        path = locate_checkpoint(update.uri, self.settings.folder / "checkpoints")
-        folder = read_checkpoint(path, update.content_hash).folder
+        checkpoints = self.settings.folder / "checkpoints"
+        folder = self._get_base_folder() if is_base else fetch_checkpoint(update.uri, checkpoints, update.content_hash).folder
         if is_endpoint(self.get_spec("policy")):
-            endpoint: Any = self.get_model("policy")  # an Endpoint, because its setting is the address of a server
-            return WeightSync(endpoint, self.settings.models.weight_sync)(update, folder)
+            return self.get_weight_sync()(update, folder)
         return open_model(str(folder), threads=self.settings.models.threads, max_batch_size=self.settings.models.max_batch_size)
+
+
+def _verify_replaceable(endpoint: Endpoint, verify: Callable[..., None], base_model: str) -> None:
+    """Check a server whose weights are replaced: that this is possible, and that it has the tokenizer and weights of the base model.
+
+    The weights are compared only if no policy was loaded into the server before.
+    """
+    require_reload_support(endpoint, resolve_model_folder(base_model))
+    is_new = VllmServer(endpoint).get_weight_version() == INITIAL_WEIGHT_VERSION
+    verify(endpoint.with_weights(None), compare_weights=is_new)
 
 
 def make_policy_getter(models: RoleModels, bus: Bus, pinned_version: int | None) -> Callable[[], tuple[Model, int]]:

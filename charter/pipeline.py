@@ -20,6 +20,7 @@ from charter.connect import open_sink_lock, open_store
 from charter.installation import get_install_command
 from charter.manifests import make_run_manifest
 from charter.models import ConfigurationProcessor, LatestPolicyProcessor, RoleModels, is_endpoint, make_policy_getter
+from charter.served_policy import require_separate_server
 from charter.stages import PRINCIPLES_GRADER, STAGE_OUTPUTS, STAGES, get_stage_inputs, get_stage_role
 from charter.telemetry import make_pipeline_collector, open_tracing, start_metrics_server
 from charter.topic_check import require_usable_topics
@@ -106,6 +107,7 @@ def make_stage(
 
     Raises UsageError for an unknown name, and for a role in models.follow whose model is not the local policy.
     """
+    require_separate_server(settings)
     stage = _make_base_stage(name, settings, models, constitution, bus, pinned_version, suite_max_tokens, labels_all)
     if revises_suites and name in ("critique", "revise"):
         process: Any = stage.process

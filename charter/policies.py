@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from engine.checkpoints import locate_checkpoint, read_checkpoint
 from engine.errors import UsageError
 from engine.models import resolve_model_folder
 from engine.policy import get_newest_version, get_weights_version, index_policies
+from engine.remote_checkpoints import fetch_checkpoint, has_checkpoint, locate_checkpoint
 from engine.settings import Settings
 from schemas.records import PolicyUpdate
 
@@ -29,14 +29,14 @@ def get_verified_folder(settings: Settings, updates: Sequence[PolicyUpdate], ver
         raise UsageError(
             f"there is no policy {version} on the log", "no training run has published it", "type: charter policy list"
         )
-    folder = locate_checkpoint(update.uri, settings.folder / "checkpoints")
-    if not folder.exists():
+    checkpoints = settings.folder / "checkpoints"
+    if not has_checkpoint(update.uri, checkpoints):
         raise UsageError(
             f"the weights of policy {version} are missing",
-            f"{folder} does not exist; train.save_total_limit limits the number of stored checkpoints",
+            f"{locate_checkpoint(update.uri, checkpoints)} does not exist; train.save_total_limit limits the number of stored checkpoints",
             "type: charter policy list    (it lists the weights that exist)",
         )
-    return read_checkpoint(folder, update.content_hash).folder
+    return fetch_checkpoint(update.uri, checkpoints, update.content_hash).folder
 
 
 def parse_policy_version(version: str, updates: Sequence[PolicyUpdate]) -> int:

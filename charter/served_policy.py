@@ -1,4 +1,4 @@
-"""Check that the server of the policy serves the model that the trainer trains (train.base_model).
+"""Check that the server of the policy serves the model that the trainer trains (train.base_model), or the policy that it loaded.
 
 The server completes one short prompt. Its token ids must have the same texts in the tokenizer of the base model, and its
 log-probabilities must be close to those of the base model's weights. The weights are read only if they are on this machine and
@@ -11,9 +11,15 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from engine.errors import UsageError
+import httpx
+
+from charter.stages import STAGES, get_stage_role
+from engine.errors import ModelUnreachable, UsageError
 from engine.models import resolve_model_folder
 from engine.models.interface import Generation, GenerationRequest, require_results
+from engine.models.vllm import DEV_MODE_FIX, VllmServer
+from engine.settings import Settings
+from engine.weight_sync import VLLM
 from schemas.records import ChatMessage
 
 if TYPE_CHECKING:
@@ -26,22 +32,25 @@ _MAX_TOKENS = 32
 _MAX_WEIGHT_BYTES = 2 * 1024**3
 # Mean absolute difference of the log-probabilities of sampled tokens. Rounding and quantization cause less than 0.2.
 _MAX_LOGPROB_DIFFERENCE = 0.5
+_MAX_RELOADED_DIFFERENCE = 0.2  # the same server had the base model, so only rounding is expected
 _REPLACEMENT = "\ufffd"  # a character of which only some tokens were decoded
 _MAX_SHOWN_CHARS = 60
 
 
-def require_base_model(endpoint: Endpoint, base_model: str, *, needs_rollouts: bool = False) -> None:
+def require_base_model(
+    endpoint: Endpoint, base_model: str, *, needs_rollouts: bool = False, compare_weights: bool = True
+) -> None:
     """Raise UsageError if the server uses another tokenizer or other weights than `base_model`.
 
-    If RL must train on the completions (`needs_rollouts`), also raise it if the server lacks token ids or their log-probabilities.
+    `compare_weights` is false if the server has the weights of a later policy. If RL must train on the completions
+    (`needs_rollouts`), also raise it if the server lacks token ids or their log-probabilities.
     Otherwise a server without token ids is not compared with the base model, because RL skips its completions.
     """
     if not endpoint.capabilities.exact_logprobs:
         _report_missing_rollouts(endpoint, needs_rollouts)
     if not endpoint.capabilities.token_ids:
         return
-    request = GenerationRequest((ChatMessage(role="user", content=_PROMPT),))
-    ((generation,),) = require_results(endpoint.generate([request], max_tokens=_MAX_TOKENS))
+    generation = _generate(endpoint)
     is_local = base_model == "smollm2" or Path(base_model).expanduser().is_dir()
     source = resolve_model_folder(base_model) if is_local else Path(base_model)
     if difference := _find_text_difference(source, generation):
@@ -50,8 +59,9 @@ def require_base_model(endpoint: Endpoint, base_model: str, *, needs_rollouts: b
             f"{difference}; the trainer would train on wrong tokens",
             f"set train.base_model to the model that the server serves, or serve {base_model}",
         )
-    size = sum(path.stat().st_size for path in source.glob("*.safetensors")) if is_local else 0
-    if not generation.logprobs or not 0 < size <= _MAX_WEIGHT_BYTES:
+    if not compare_weights:
+        return
+    if not generation.logprobs or not is_local or not _is_small(source):
         logger.info("the log-probabilities of %s are not compared with the weights of %s", endpoint.url, base_model)
         return
     mean_difference = _compute_logprob_difference(source, generation)
@@ -62,6 +72,88 @@ def require_base_model(endpoint: Endpoint, base_model: str, *, needs_rollouts: b
             f"the log-probabilities of {len(generation.logprobs)} tokens differ by {mean_difference:.2f} on average (at most {_MAX_LOGPROB_DIFFERENCE:g})",
             f"set train.base_model to the model that the server serves, or serve {base_model}",
         )
+
+
+def require_reloaded_weights(endpoint: Endpoint, folder: Path) -> None:
+    """Raise ModelUnreachable if the log-probabilities of the server are not those of the weights in `folder`, which it has loaded.
+
+    Weights that are too large for a forward pass on this machine are not compared, and the log has a warning.
+    """
+    generation = _generate(endpoint)
+    if not generation.logprobs or not _is_small(folder):
+        reason = "they are larger than 2 GB" if generation.logprobs else "the server returns no exact log-probabilities"
+        logger.warning("%s: the loaded weights of %s are not verified, because %s", endpoint.url, folder, reason)
+        return
+    mean_difference = _compute_logprob_difference(folder, generation)
+    logger.info("mean difference of the log-probabilities of %s and %s: %.4f", endpoint.url, folder, mean_difference)
+    if not mean_difference <= _MAX_RELOADED_DIFFERENCE:
+        raise ModelUnreachable(
+            f"{endpoint.url} does not have the weights of {folder}, although it reported that it has loaded them",
+            f"the log-probabilities of {len(generation.logprobs)} tokens differ by {mean_difference:.2f} on average (at most {_MAX_RELOADED_DIFFERENCE:g})",
+            "restart the server; if this happens again, set models.weight_sync to vllm-lora",
+        )
+
+
+def require_reload_support(endpoint: Endpoint, base_folder: Path) -> None:
+    """Raise UsageError if the weights of the server cannot be replaced (models.weight_sync = vllm).
+
+    vLLM on a processor keeps a copy of the output layer in another memory layout. If this layer shares its weights with the
+    input embeddings, `reload_weights` does not replace the copy (seen with vLLM 0.32.0).
+    """
+    from transformers import AutoConfig
+
+    server = VllmServer(endpoint)
+    try:
+        server.get_weight_version()
+        device = server.get_device()
+    except ModelUnreachable as error:
+        raise UsageError(
+            f"the weights of {endpoint.url} cannot be replaced (models.weight_sync = vllm)",
+            f"{error.what}: {error.why}",
+            DEV_MODE_FIX,
+        ) from error
+    if device == "cpu" and AutoConfig.from_pretrained(base_folder, trust_remote_code=False).tie_word_embeddings:
+        raise UsageError(
+            f"the weights of {endpoint.url} cannot be replaced (models.weight_sync = vllm)",
+            "vLLM runs on a processor and keeps the old output layer of a model with tied embeddings (tie_word_embeddings)",
+            "set models.weight_sync to vllm-lora, or serve the model on a GPU",
+        )
+
+
+def require_separate_server(settings: Settings) -> None:
+    """Raise UsageError if a critic or judge uses the server whose weights are replaced (models.weight_sync = vllm)."""
+    models = settings.models
+    if models.weight_sync != VLLM:
+        return
+    roles = {"models.critic": models.critic or models.policy}
+    if settings.monitor.prompts:
+        roles["monitor.judge"] = settings.monitor.judge or models.judge or models.policy
+    if any(get_stage_role(stage, settings) == "judge" for stage in STAGES):
+        roles["models.judge"] = models.judge or models.policy
+    for name, spec in roles.items():
+        if _get_server(spec) == _get_server(models.policy):
+            raise UsageError(
+                f"{name} uses the server of the policy ({models.policy.partition('#')[0]})",
+                "models.weight_sync = vllm replaces all weights of this server, so its labels would change with each policy",
+                f"set {name} to another model or server, or set models.weight_sync to vllm-lora",
+            )
+
+
+def _get_server(spec: str) -> str:
+    """Return the host and the port of a model on a server, or the whole setting of another model."""
+    url = httpx.URL(spec.partition("#")[0]) if spec.startswith(("http://", "https://")) else None
+    return spec if url is None else f"{'127.0.0.1' if url.host == 'localhost' else url.host}:{url.port or url.scheme}"
+
+
+def _generate(endpoint: Endpoint) -> Generation:
+    request = GenerationRequest((ChatMessage(role="user", content=_PROMPT),))
+    ((generation,),) = require_results(endpoint.generate([request], max_tokens=_MAX_TOKENS))
+    return generation
+
+
+def _is_small(folder: Path) -> bool:
+    """Return whether a folder has weights, and they are small enough for a forward pass on this machine."""
+    return 0 < sum(path.stat().st_size for path in folder.glob("*.safetensors")) <= _MAX_WEIGHT_BYTES
 
 
 def _report_missing_rollouts(endpoint: Endpoint, needs_rollouts: bool) -> None:

@@ -15,7 +15,7 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from engine.errors import CharterError, CheckpointsFull, UsageError
@@ -108,13 +108,6 @@ def compute_revision(folder: Path) -> str:
     return digest.hexdigest()[:16]
 
 
-def locate_checkpoint(uri: str, checkpoints: Path) -> Path:
-    """Return the folder of a checkpoint. The folder is the URI. If the data folder was moved, it may be in `checkpoints`."""
-    original = Path(uri)
-    moved = checkpoints / original.name
-    return moved if not original.exists() and moved.exists() else original
-
-
 def read_checkpoint(folder: Path, content_hash: str | None = None) -> Checkpoint:
     """Verify and return a checkpoint. Its hash must be `content_hash`. If `content_hash` is None, use the hash in the manifest.
 
@@ -150,9 +143,14 @@ def hash_files(folder: Path) -> str:
     return digest.hexdigest()
 
 
+def is_pickle(path: PurePath) -> bool:
+    """Return whether a file has a name of a pickle."""
+    return path.suffix in _PICKLE_SUFFIXES
+
+
 def _reject_pickles(folder: Path) -> None:
     for path in folder.rglob("*"):
-        if path.suffix in _PICKLE_SUFFIXES:
+        if is_pickle(path):
             raise UsageError(
                 f"{path} is a pickle file",
                 "a pickle file can run arbitrary code when it is loaded",

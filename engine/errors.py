@@ -11,6 +11,7 @@
     |   +-- StoreFull
     |   +-- StoreIncomplete
     |   +-- CheckpointsFull
+    |   +-- CheckpointsUnreachable
     +-- CommitUncertain             the outcome of a transaction is unknown
     +-- WriterFenced                another writer with the same transactional id was opened
     +-- PartitionLost               the partition was assigned to another member before the commit
@@ -85,6 +86,10 @@ class StoreFull(DependencyUnreachable):
 
 class StoreIncomplete(DependencyUnreachable):
     """The sink has not yet written all records of the log to the database."""
+
+
+class CheckpointsUnreachable(DependencyUnreachable):
+    """The URL of the checkpoints cannot be used, or a checkpoint there is incomplete."""
 
 
 class CheckpointsFull(DependencyUnreachable):

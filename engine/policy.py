@@ -9,6 +9,7 @@ that produced it.
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from uuid import UUID
@@ -152,29 +153,33 @@ def make_pause(phase: str, reason: str, *, run_id: str, paused: bool = True) -> 
 class PolicyFollower:
     """Reads new policies from the topic `policies`. `open_update` loads the weights of an update. `base_model` is version 0.
 
+    The class is thread-safe: while one thread loads weights, the others wait.
+
     If the weights cannot be read (a damaged folder, unavailable storage), loading is retried later. Until then the previous
     policy stays in use, and records have the previous version.
     """
 
     def __init__(self, bus: Bus, base_model: Model, open_update: Callable[[PolicyUpdate], Model]) -> None:
-        self.base_model = self.model = base_model
+        self.model = base_model
         self.version = 0
         self.open_update = open_update
         self.reader = bus.open_reader(bus.beginning_offsets([_POLICY_TOPIC]))
         self.get_end_offsets = bus.end_offsets
         self.pending_update: PolicyUpdate | None = None
         self.retry_at = 0.0
+        self.lock = threading.Lock()
 
     def get_current_policy(self) -> tuple[Model, int]:
         """Return the current policy and its version. If there is a new policy, load its weights first."""
-        self.refresh()
-        if self.pending_update is not None and time.monotonic() >= self.retry_at:
-            self.switch_to(self.pending_update)
-        return self.model, self.version
+        with self.lock:
+            self.refresh()
+            if self.pending_update is not None and time.monotonic() >= self.retry_at:
+                self.switch_to(self.pending_update)
+            return self.model, self.version
 
     def switch_to(self, update: PolicyUpdate) -> None:
         try:
-            self.model = self.base_model if update.restored_version == 0 else self.open_update(update)
+            self.model = self.open_update(update)
         except (CharterError, OSError) as error:
             logger.error("policy %d cannot be loaded, policy %d stays in use: %s", update.version, self.version, error)
             self.retry_at = time.monotonic() + _LOAD_RETRY_INTERVAL_S

@@ -279,7 +279,7 @@ class ModelsSettings(_Section):
     )
     weight_sync: str = Field(
         "",
-        description="How a server loads a new policy: as a LoRA adapter (vllm), or by a command that is run as COMMAND FOLDER NAME. If empty, never.",
+        description="How a server gets a new policy: its adapter (vllm-lora), all weights (vllm), or a command run as COMMAND FOLDER NAME. If empty, never.",
     )
     threads: int = Field(2, ge=1, description="Number of CPU threads that a local model uses.")
     max_batch_size: int = Field(32, ge=1, description="Maximum number of sequences in one batch of a local model.")
@@ -649,6 +649,10 @@ class TrainSettings(_Section):
     seed: int = Field(0, description="Random seed for shuffling and for the initial weights of new heads.")
     base_model: str = Field(
         "", description="Model that provides the initial weights for training. If empty, models.policy is used."
+    )
+    checkpoint_url: str = Field(
+        "",
+        description="URL to which the trainer copies checkpoints (s3://, gs://, file://), so that responders need no shared disk. If empty, none.",
     )
     save_total_limit: int = Field(
         3,

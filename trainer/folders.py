@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from engine.checkpoints import locate_checkpoint, read_checkpoint
 from engine.policy import get_weights_version
+from engine.remote_checkpoints import fetch_checkpoint
 from schemas.records import BatchManifest, PolicyKind
 from trainer.methods import REWARD_PHASE
 from trainer.state import TrainingState, name_checkpoint
@@ -28,7 +28,7 @@ class ModelFolders:
     def get_version_folder(self, kind: PolicyKind, version: int) -> Path:
         """Return the checkpoint folder of a trained version, and verify its content hash."""
         update = next(update for update in self.state.updates if update.kind is kind and update.version == version)
-        return read_checkpoint(locate_checkpoint(update.uri, self.checkpoints_folder), update.content_hash).folder
+        return fetch_checkpoint(update.uri, self.checkpoints_folder, update.content_hash).folder
 
     def has_policy(self, version: int) -> bool:
         """Return whether the weights of a policy version are on disk."""

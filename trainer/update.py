@@ -36,6 +36,7 @@ from engine.checkpoints import (
 )
 from engine.commit_history import read_commit_history
 from engine.errors import CharterError, CommitUncertain, DependencyUnreachable, UsageError, WriterFenced
+from engine.remote_checkpoints import join_url, remove_remote_checkpoint, upload_checkpoint
 from engine.settings import JUDGE, Settings, parse_rewards
 from engine.store import Store
 from engine.text import format_count
@@ -429,7 +430,7 @@ class Updater:
             kind=kind,
             version=version,
             phase=manifest.phase,
-            uri=str(checkpoint.folder.resolve()),
+            uri=self.copy_checkpoint(checkpoint),
             content_hash=checkpoint.content_hash,
             base_version=get_base_version(manifest),
             batch_id=manifest.record_id,
@@ -453,6 +454,7 @@ class Updater:
         folder = self.checkpoints_folder / name_batch_checkpoint(manifest)
         if folder.exists():
             _remove_voided_checkpoint(folder, state)
+            self.remove_copy(folder)
         require_disk_space(self.checkpoints_folder, folders.get_policy_folder(manifest.base_policy_version))
         context = LearnContext(
             folders,
@@ -474,6 +476,16 @@ class Updater:
         folder = self.checkpoints_folder / name_batch_checkpoint(manifest)
         checkpoint = read_checkpoint(folder) if folder.exists() else None
         return checkpoint if checkpoint and checkpoint.manifest.get("batch_id") == manifest.record_id else None
+
+    def copy_checkpoint(self, checkpoint: Checkpoint) -> str:
+        """Copy a checkpoint to train.checkpoint_url. Return the URL of the copy, or the folder if there is no such URL."""
+        url = self.settings.train.checkpoint_url
+        return upload_checkpoint(checkpoint, url) if url else str(checkpoint.folder.resolve())
+
+    def remove_copy(self, folder: Path) -> None:
+        """Remove the copy of a checkpoint at train.checkpoint_url."""
+        if url := self.settings.train.checkpoint_url:
+            remove_remote_checkpoint(join_url(url, folder.name))
 
     def publish_step_metrics(self, manifest: BatchManifest, step: int, metrics: dict[str, float]) -> None:
         """Publish the metrics of one step and pass them to `on_step`."""
@@ -522,6 +534,7 @@ class Updater:
             for version in trained[: -self.settings.train.save_total_limit]:
                 folder = self.checkpoints_folder / name_checkpoint(kind, version)
                 if folder.name not in referenced and folder.exists():
+                    self.remove_copy(folder)
                     _remove_checkpoint(folder)
                     logger.info("removed the checkpoint %s", folder.name)
 

@@ -13,7 +13,6 @@ from charter.connect import connect_existing_bus
 from charter.console import common_options, output_options, print_rows
 from charter.policies import LATEST_POLICY, get_verified_folder, parse_policy_version
 from engine.bus.port import Bus
-from engine.checkpoints import locate_checkpoint
 from engine.errors import CharterError, UsageError
 from engine.policy import (
     get_newest_version,
@@ -25,6 +24,7 @@ from engine.policy import (
     read_paused_phases,
     read_policy_updates,
 )
+from engine.remote_checkpoints import is_url, locate_checkpoint
 from engine.settings import Settings
 from engine.worker import to_producer_record
 from schemas import ids
@@ -98,11 +98,13 @@ def _format_roles(version: int, newest: int, reference: int) -> str:
 
 
 def _get_weights_location(settings: Settings, update: PolicyUpdate) -> str:
-    """Return the folder of the weights, or "removed" if train.save_total_limit deleted them."""
+    """Return the folder or the URL of the weights, or "removed" if train.save_total_limit deleted the folder."""
     if update.restored_version == 0:
         return settings.models.policy
     folder = locate_checkpoint(update.uri, settings.folder / "checkpoints")
-    return str(folder) if folder.exists() else "removed"
+    if folder.exists():
+        return str(folder)
+    return update.uri if is_url(update.uri) else "removed"
 
 
 # Restoring earlier weights

@@ -29,12 +29,12 @@ from charter.startup import exit_if_abandoned, start_when_ready
 from consumers.grade import COMPLETION
 from engine.bus.port import Bus
 from engine.bus.read import read_between
-from engine.checkpoints import locate_checkpoint
 from engine.erasures import ErasedPrompts
 from engine.errors import UsageError
 from engine.host import Host
 from engine.models.interface import Model
 from engine.policy import get_weights_version, index_policies, read_policy_updates
+from engine.remote_checkpoints import has_checkpoint, locate_checkpoint
 from engine.run_starts import ensure_run_start
 from engine.settings import Settings
 from engine.stop_signals import stop_on_signals
@@ -164,10 +164,11 @@ def _resolve_versions(settings: Settings, bus: Bus, policies: Sequence[str]) -> 
                 f"the server {settings.models.policy} gets no trained policies (models.weight_sync is not set)",
                 "set models.weight_sync, or type: --policy 0",
             )
-        if weights and not (folder := locate_checkpoint(known[weights].uri, settings.folder / "checkpoints")).exists():
+        checkpoints = settings.folder / "checkpoints"
+        if weights and not has_checkpoint(known[weights].uri, checkpoints):
             raise UsageError(
                 f"the weights of policy {version} are missing",
-                f"{folder} does not exist; train.save_total_limit limits the number of stored checkpoints",
+                f"{locate_checkpoint(known[weights].uri, checkpoints)} does not exist; train.save_total_limit limits the number of stored checkpoints",
                 "type: charter policy list    (it lists the weights that exist)",
             )
     return versions

@@ -123,6 +123,7 @@ class ServerCapabilities:
     `max_tokens_field` is the name of the request field that limits the number of new tokens.
     `extra_body` contains fields that are added to every request. They turn off thinking and the server's own sampling defaults.
     `prefill_body` contains the fields of a request with a prefilled assistant message.
+    `echoes_prefill` is true if the content of a response to such a request begins with the prefilled message (llama.cpp).
     `max_top_logprobs` is the largest supported `top_logprobs`. 0 means that log-probabilities are not supported.
     `processed_logprobs` is true if log-probabilities are computed at the sampling temperature instead of temperature 1.
     `token_ids_body` contains the fields of a request whose response must contain exact token ids.
@@ -140,6 +141,7 @@ class ServerCapabilities:
     max_tokens_field: str = "max_tokens"
     extra_body: JsonObject = field(default_factory=dict)
     prefill_body: JsonObject | None = None
+    echoes_prefill: bool = False
     max_top_logprobs: int = 0
     processed_logprobs: bool = False
     token_ids_body: JsonObject | None = None

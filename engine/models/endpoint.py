@@ -43,8 +43,7 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 from functools import partial
 from http import HTTPStatus
-from pathlib import Path
-from typing import TypeVar
+from typing import Any, Protocol, TypeVar
 from urllib.parse import urljoin
 
 import httpx
@@ -132,6 +131,13 @@ class ChatRequest:
 def _get_phrase(status: int) -> str:
     """Return the name of a status, e.g. "Internal Server Error", or an empty string."""
     return next((known.phrase for known in HTTPStatus if known == status), "")
+
+
+def _remove_prefill(result: Result[Generation], prefill: str) -> Result[Generation]:
+    """Return the result without the prefilled message at the start of its text."""
+    if not prefill or not isinstance(result, Generation):
+        return result
+    return replace(result, text=result.text.removeprefix(prefill))
 
 
 class _ServerMisconfigured(ModelUnreachable):
@@ -229,6 +235,18 @@ def get_api_key_variable(address: httpx.URL | str, api_key_env: str) -> str:
     return default
 
 
+class ServedWeights(Protocol):
+    """The weights of a policy on a server whose weights or adapters change while it runs (see `engine.weight_sync`)."""
+
+    def acquire(self) -> str:
+        """Make the server have these weights. Return a mark of its present state. Raise CharterError if it does not have them."""
+        ...
+
+    def require_unchanged(self, mark: str) -> None:
+        """Raise ModelUnreachable if the weights of the server have changed since `acquire` returned this mark."""
+        ...
+
+
 @dataclass
 class Endpoint:
     """One model of one server.
@@ -237,7 +255,7 @@ class Endpoint:
     limits of one attempt. `retry_timeout_s` limits all attempts together. If the server has no
     log-probabilities, `num_votes` replies are sampled to score options. If `send_seed` is false, no request has a seed. If
     `stream` is false, no response is streamed. `verify` is called once after the probe, and raises UsageError if the server must not
-    be used.
+    be used. `served_weights` are checked before and after each batch; None means that the weights of the model never change.
     """
 
     url: str
@@ -251,6 +269,7 @@ class Endpoint:
     send_seed: bool = True
     stream: bool = True
     verify: Callable[[Endpoint], None] | None = None
+    served_weights: ServedWeights | None = None
     cached_server_capabilities: ServerCapabilities | None = None
 
     def __post_init__(self) -> None:
@@ -326,7 +345,11 @@ class Endpoint:
             for request in batch
             for n in range(num_completions)
         ]
-        generations = self.find_cut_reasoning(self.send_requests(requests, parse_generation))
+        results = self.send_requests(requests, parse_generation)
+        if server_capabilities.echoes_prefill:
+            prefills = [request.prefill for request in batch for _ in range(num_completions)]
+            results = [_remove_prefill(result, prefill) for result, prefill in zip(results, prefills, strict=True)]
+        generations = self.find_cut_reasoning(results)
         return [combine_results(generations[i : i + num_completions]) for i in range(0, len(generations), num_completions)]
 
     def find_cut_reasoning(self, results: Sequence[Result[Generation]]) -> list[Result[Generation]]:
@@ -436,6 +459,24 @@ class Endpoint:
     # Requests
 
     def send_requests(self, requests: Sequence[ChatRequest], parse: Callable[[JsonObject, Usage], T]) -> list[Result[T]]:
+        """Send requests concurrently. Return the parsed response or the error of each request.
+
+        If the weights of the server change in the meantime, discard all responses and raise ModelUnreachable.
+        """
+        if self.served_weights is None:
+            return self.send_checked_requests(requests, parse)
+        mark = self.served_weights.acquire()
+        results: list[Any] = self.send_checked_requests(requests, parse)
+        try:
+            self.served_weights.require_unchanged(mark)
+        except CharterError:
+            self.add_unbilled(sum((result.usage for result in results if not isinstance(result, CharterError)), NO_USAGE))
+            raise
+        return results
+
+    def send_checked_requests(
+        self, requests: Sequence[ChatRequest], parse: Callable[[JsonObject, Usage], T]
+    ) -> list[Result[T]]:
         """Send requests concurrently. Return the parsed response or the error of each request."""
         self.add_unbilled(self.paid_responses.begin({request.group for request in requests if request.group}))
         with self.health.track_requests(len(requests)):
@@ -699,23 +740,19 @@ class Endpoint:
     def with_model(self, model: str) -> Endpoint:
         """Return an endpoint for another model of the same server. The two endpoints share their connections."""
         capabilities, other = self.server_capabilities, copy.copy(self)
-        other.cached_server_capabilities = capabilities
+        other.cached_server_capabilities, other.unbilled_usage = capabilities, NO_USAGE
         other.id, other.revision = model, compute_served_revision(self.url, model)
         other.health = ServerHealth(f"{self.url}#{model}")
         return other
 
-    def load_adapter(self, name: str, folder: Path) -> None:
-        """Load an adapter into vLLM under a name. If an adapter with this name is already loaded, do not raise an error."""
-        try:
-            response = self.client.post(f"{self.url}/load_lora_adapter", json={"lora_name": name, "lora_path": str(folder)})
-        except httpx.HTTPError as error:
-            raise self.make_unreachable_error(type(error).__name__) from error
-        if response.status_code != 200 and "already" not in response.text:
-            raise ModelUnreachable(
-                f"{self.url} does not load {name} (status {response.status_code})",
-                self.sanitize_error_text(response.content),
-                "start vLLM with --enable-lora, VLLM_ALLOW_RUNTIME_LORA_UPDATING=True and a sufficient --max-lora-rank",
-            )
+    def with_weights(self, weights: ServedWeights | None, name: str | None = None) -> Endpoint:
+        """Return an endpoint for the same model with other weights, whose revision contains `name`. None keeps the revision."""
+        other = copy.copy(self)
+        other.served_weights, other.unbilled_usage = weights, NO_USAGE
+        other.paid_responses = PaidResponses()  # the same request has another response
+        if name is not None:
+            other.revision = compute_served_revision(self.url, name)
+        return other
 
     def require_served(self) -> None:
         """Raise ModelUnreachable if the server does not generate a token for this model."""

@@ -8,7 +8,7 @@ The name and version of a server are unreliable, because a proxy can forward to 
    and `top_p`, which some servers reject together with `temperature`).
 3. A prefilled assistant message ends in the middle of a word. Only a server that continues the message completes the word. The
    first request has two fields of vLLM. The second request has no extra fields, because llama.cpp and several hosted models do
-   not need them.
+   not need them. llama.cpp repeats the prefilled message at the start of the response.
 4. Log-probabilities are requested, to find the number of top tokens and whether the values depend on the temperature.
 5. The token ids of the completion are requested with `return_token_ids`, and then with `return_tokens_as_token_ids`.
 6. A completion is streamed. A server streams only if the stream has everything that an unstreamed response has: the text, the
@@ -168,14 +168,19 @@ class _ServerProbe:
             repeated.append(text)
         return True, True
 
-    def find_prefill_body(self) -> JsonObject | None:
-        """Return the request fields that let the server continue a prefilled message, or None if it does not support
-        this."""
+    def find_prefill_body(self) -> tuple[JsonObject | None, bool]:
+        """Return the request fields that let the server continue a prefilled message, or None if it does not support this.
+
+        Also return whether the response begins with the prefilled message.
+        """
         for fields in PREFILL_BODIES:
             response = self.try_fields(fields | {"messages": [_COUNTING_MESSAGE, _PREFILL_MESSAGE]})
-            if response and response["choices"][0]["message"]["content"].startswith(_EXPECTED_CONTINUATION):
-                return fields
-        return None
+            content = response["choices"][0]["message"]["content"] if response else ""
+            if content.startswith(_EXPECTED_CONTINUATION):
+                return fields, False
+            if content.startswith(_PREFILL_MESSAGE["content"] + _EXPECTED_CONTINUATION):
+                return fields, True
+        return None, False
 
     def fetch_top_logprobs(self, count: int, temperature: float = 1.0) -> dict[str, float]:
         """Return the log-probabilities of the top tokens at the first position. Return an empty dict if the server has none."""
@@ -252,11 +257,13 @@ def probe_server(server: ChatServer) -> ServerCapabilities:
     max_top_logprobs, names_tokens = probe.find_top_logprobs()
     token_ids_body = probe.find_token_ids_body(max_top_logprobs)
     stream_body = probe.find_stream_body(token_ids_body, max_top_logprobs) if server.stream else None
+    prefill_body, echoes_prefill = probe.find_prefill_body()
     is_sampling, ignores_seed = probe.find_sampling()
     capabilities = ServerCapabilities(
         max_tokens_field=probe.max_tokens_field,
         extra_body=(NO_THINKING_BODY if thinking_off else {}) | (UNMODIFIED_SAMPLING_BODY if unmodified else {}),
-        prefill_body=probe.find_prefill_body(),
+        prefill_body=prefill_body,
+        echoes_prefill=echoes_prefill,
         max_top_logprobs=max_top_logprobs,
         processed_logprobs=max_top_logprobs > 0 and probe.has_processed_logprobs(max_top_logprobs),
         token_ids_body=token_ids_body,

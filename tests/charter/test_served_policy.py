@@ -7,6 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from charter.models import RoleModels
+from charter.served_policy import require_separate_server
 from engine.errors import UsageError
 from engine.models.interface import GenerationRequest
 from engine.settings import load_settings
@@ -96,10 +97,48 @@ def test_another_model_with_the_same_tokenizer_is_refused_at_each_use(server, ti
 def test_server_without_rollouts_is_refused_if_rl_needs_them(server, tiny, caplog, missing, words):
     server.fields = server.fields - {missing}
     with pytest.raises(UsageError, match="RL cannot train on the completions") as caught:
-        open_policy(server, tiny, **{"models.weight_sync": "vllm"}).generate([GenerationRequest(MESSAGES)])
+        open_policy(server, tiny, **{"models.weight_sync": "vllm-lora"}).generate([GenerationRequest(MESSAGES)])
     assert f"does not return {words}" in caught.value.why and len(str(caught.value).splitlines()) == 3
     with caplog.at_level(logging.WARNING, "charter.models"):
-        for more in ({}, {"models.weight_sync": "vllm", "train.rl_method": "dpo"}):
+        for more in ({}, {"models.weight_sync": "vllm-lora", "train.rl_method": "dpo"}):
             ((one,),) = open_policy(server, tiny, **more).generate([GenerationRequest(MESSAGES)])
             assert one.text == server.text
     assert sum(f"does not return {words}: RL skips" in line for line in caplog.messages) == 2
+
+
+@pytest.mark.parametrize(
+    ("more", "role"),
+    [
+        ({}, "models.critic"),
+        ({"models.critic": "http://127.0.0.1:9/v1#other"}, "models.critic"),
+        ({"models.critic": "scripted"}, "monitor.judge"),
+        ({"models.critic": "scripted", "monitor.prompts": "0"}, "models.judge"),
+        (
+            {"models.critic": "scripted", "models.judge": "scripted", "monitor.judge": "http://localhost:9/v1#m"},
+            "monitor.judge",
+        ),
+        ({"models.critic": "scripted", "models.judge": "http://localhost:8/v1#m"}, None),
+        ({"models.weight_sync": "vllm-lora"}, None),
+    ],
+)
+def test_server_whose_weights_are_replaced_must_not_serve_the_critic_or_a_judge(more, role):
+    flags = {"models.policy": "http://localhost:9/v1#m", "models.weight_sync": "vllm"}
+    settings = load_settings(flags | more, environment={})[0]
+    if role is None:
+        require_separate_server(settings)
+        return
+    with pytest.raises(UsageError, match=f"{role} uses the server of the policy") as caught:
+        require_separate_server(settings)
+    assert len(str(caught.value).splitlines()) == 3
+
+
+@pytest.mark.parametrize(
+    ("page", "words"), [("/weight_info", "report its weight version"), (None, "keeps the old output layer")]
+)
+def test_server_whose_weights_cannot_be_replaced_is_refused(server, tiny, page, words):
+    server.http.pages["/weight_info"] = {"weight_version": "default"}
+    server.http.pages["/server_info"] = {"vllm_config": {"device_config": {"device": "cpu"}}}
+    server.http.pages.pop(page, None)
+    with pytest.raises(UsageError, match="cannot be replaced") as caught:
+        open_policy(server, tiny, **{"models.weight_sync": "vllm"}).generate([GenerationRequest(MESSAGES)])
+    assert words in caught.value.why and len(str(caught.value).splitlines()) == 3

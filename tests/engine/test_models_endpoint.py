@@ -113,6 +113,16 @@ def test_probe_detects_missing_capabilities(server, server_options, expected):
     assert make_endpoint(server, cached_server_capabilities=None).server_capabilities == expected
 
 
+@pytest.mark.parametrize("streams", [False, True])
+def test_prefilled_message_that_a_server_repeats_is_removed(server, streams):
+    server.script = make_script(prefill_support="echoed", streams=streams)
+    model = make_endpoint(server, cached_server_capabilities=None)
+    assert (model.server_capabilities.prefill_body, model.server_capabilities.echoes_prefill) == ({}, True)
+    requests = [make_request(prefill="eleven: "), make_request()]
+    ((first,), (second,)) = model.generate(requests)
+    assert (first.text, second.text) == ("en, twelve", "one, two")
+
+
 def test_probe_treats_a_failing_extension_as_missing_and_retries_a_busy_server(server):
     full_script = make_script(accepted_fields=VLLM_FIELDS, prefill_support="requested")
 

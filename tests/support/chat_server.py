@@ -13,11 +13,12 @@ class FakeChatServer:
     """Respond with the result of `script`: a function of (request number, request) that returns (status, body[, headers]) or
 
     CUT_CONNECTION. A body is bytes, an object for JSON, or an iterator of bytes that are sent one by one. `model_names` are
-    the models that the server lists.
+    the models that the server lists. `pages` are the results of GET requests for other paths, without their query.
     """
 
     def __init__(self, model_names=()):
         self.requests, self.authorizations, self.lock, self.num_active, self.max_active = [], [], threading.Lock(), 0, 0
+        self.pages = {}
         self.model_list = {"data": [{"id": name} for name in model_names]}
         self.script = lambda number, request: (200, make_chat_completion("fine"))
         self.http_server = ThreadingHTTPServer(("127.0.0.1", 0), _make_handler(self))
@@ -40,14 +41,16 @@ def _make_handler(fake_server):
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self):
             fake_server.authorizations.append(self.headers["Authorization"])
-            body = json.dumps(fake_server.model_list).encode()
-            self.send_response(200)
+            pages = fake_server.pages | {"/v1/models": fake_server.model_list}
+            page = pages.get(self.path.partition("?")[0])
+            body = json.dumps(page or {"detail": "Not Found"}).encode()
+            self.send_response(200 if page else 404)
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
             self.wfile.write(body)
 
         def do_POST(self):
-            request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            request = json.loads(self.rfile.read(int(self.headers["Content-Length"])) or b"{}")
             with fake_server.lock:
                 fake_server.requests.append((self.path, self.headers.get("Authorization"), request))
                 number = len(fake_server.requests)
@@ -153,7 +156,8 @@ def make_script(
 ):
     """Return the script of a server with the given capabilities. Like strict servers, it rejects unknown fields with status 400.
 
-    `prefill_support` is "never", "requested" (only with vLLM's fields) or "always". `max_top_logprobs` is the largest accepted
+    `prefill_support` is "never", "requested" (only with vLLM's fields), "always" or "echoed" (as llama.cpp does without streaming).
+    `max_top_logprobs` is the largest accepted
     value of top_logprobs. With `streams`, a request with `stream` is answered with a stream.
     """
     accepted_fields = accepted_fields | (STREAM_FIELDS if streams else set())
@@ -165,8 +169,10 @@ def make_script(
             return 400, {"error": {"message": f"top_logprobs must be at most {max_top_logprobs}"}}
         has_prefill = request["messages"][-1]["role"] == "assistant"
         continue_requested = request.get("continue_final_message") and not request.get("add_generation_prompt", True)
-        continues = prefill_support == "always" or (prefill_support == "requested" and continue_requested)
+        continues = prefill_support in ("always", "echoed") or (prefill_support == "requested" and continue_requested)
         text = "en, twelve" if has_prefill and continues else "one, two"
+        if has_prefill and prefill_support == "echoed" and not request.get("stream"):
+            text = request["messages"][-1]["content"] + text
         top = None
         if logprobs and request.get("logprobs"):
             temperature = (request["temperature"] or 1.0) if processed_logprobs else 1.0

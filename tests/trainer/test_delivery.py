@@ -16,7 +16,7 @@ from engine.settings import load_settings
 from engine.worker import to_producer_record
 from schemas import ids
 from schemas.records import ChatMessage, ModelRef, PolicyKind, PolicyUpdate
-from tests.support.chat_server import FakeChatServer, make_chat_completion
+from tests.support.vllm_server import FakeVllm
 from trainer import phases, weights
 from trainer.batches import find_revision_mismatch
 from trainer.learners import dpo, sft
@@ -56,24 +56,6 @@ def test_combined_adapter_reproduces_the_checkpoint_on_the_base_model(tiny, tmp_
     assert not (tmp_path / "5" / "adapter").exists()  # the server does not have the weights that it was trained on
 
 
-class FakeVllm:
-    """A fake server that loads adapters and serves the loaded names."""
-
-    def __init__(self):
-        self.http, self.names, self.loads = FakeChatServer(), {"base"}, True
-        self.http.script = self.answer
-
-    def answer(self, number, request):
-        if "lora_name" in request:
-            if not self.loads:
-                return 500, {"error": {"message": "no room"}}
-            self.names.add(request["lora_name"])
-            return 200, b"Success"
-        if request["model"] not in self.names:
-            return 404, {"error": {"message": "no such model"}}
-        return 200, make_chat_completion("fine", model=request["model"])
-
-
 @pytest.fixture
 def server():
     server = FakeVllm()
@@ -107,7 +89,11 @@ def publish(bus, folder, version, *, adapter=True):
 
 
 def test_served_version_changes_only_when_the_server_has_loaded_the_adapter(server, bus, tmp_path):
-    flags = {"models.policy": f"{server.http.url}#base", "models.weight_sync": "vllm", "data.folder": str(tmp_path / "data")}
+    flags = {
+        "models.policy": f"{server.http.url}#base",
+        "models.weight_sync": "vllm-lora",
+        "data.folder": str(tmp_path / "data"),
+    }
     models = RoleModels(load_settings(flags, environment={})[0])
     policy = make_policy_getter(models, bus, None)
     assert (policy()[0].id, policy()[1]) == ("base", 0)
@@ -118,9 +104,10 @@ def test_served_version_changes_only_when_the_server_has_loaded_the_adapter(serv
     model, version = policy()
     name = f"policy-000001-{read_checkpoint(checkpoint_folder).content_hash[:8]}"  # policy 1 of another data folder has another name
     assert (model.id, version, model.revision) == (name, 1, compute_served_revision(server.http.url, name))
-    assert {"lora_name": name, "lora_path": str(checkpoint_folder / "adapter")} in server.http.request_bodies
+    assert {"lora_name": name, "lora_path": str(checkpoint_folder / "adapter")} in server.adapter_loads
     assert (
-        model.generate([GenerationRequest(MESSAGES)])[0][0].text == "fine" and server.http.request_bodies[-1]["model"] == name
+        model.generate([GenerationRequest(MESSAGES)])[0][0].text == "fine first"
+        and server.http.request_bodies[-1]["model"] == name
     )
     publish(bus, tmp_path / "data", 2, adapter=False)
     assert policy() == (model, 1)  # it was trained with all weights and has no adapter
@@ -153,3 +140,44 @@ def test_revision_mismatch_accepts_the_revision_of_a_server():
     row = {"policy_version": 1, "revision": "s1"}
     assert find_revision_mismatch(row, state, served) is None and find_revision_mismatch(row, state, {}) is not None
     assert find_revision_mismatch(row | {"revision": "s0"}, state, served) == "its model revision s0 is not that of policy 1"
+
+
+def open_policies(server, bus, tmp_path, count):
+    """Publish policies with adapters, and load each. Return the models of the roles and the endpoints."""
+    flags = {
+        "models.policy": f"{server.http.url}#base",
+        "models.weight_sync": "vllm-lora",
+        "data.folder": str(tmp_path / "data"),
+    }
+    models = RoleModels(load_settings(flags, environment={})[0])
+    policy, endpoints = make_policy_getter(models, bus, None), []
+    for version in range(1, count + 1):
+        publish(bus, tmp_path / "data", version)
+        endpoints.append(policy()[0])
+    return models, endpoints
+
+
+def test_adapters_that_no_request_uses_are_unloaded(server, bus, tmp_path):
+    models, endpoints = open_policies(server, bus, tmp_path, 2)
+    with endpoints[0].health.track_requests(1):
+        endpoints.append(models.get_weight_sync()(*read_newest(bus, tmp_path, 3)))
+        assert server.names == {"base", *(endpoint.id for endpoint in endpoints)}  # a request still uses the oldest
+    newest = models.get_weight_sync()(*read_newest(bus, tmp_path, 4))
+    assert server.names == {"base", endpoints[2].id, newest.id}
+    ((one,),) = endpoints[0].generate([GenerationRequest(MESSAGES)])  # another process asks for it: it is loaded again
+    assert one.text.startswith("fine")
+    models.close()
+
+
+def read_newest(bus, tmp_path, version):
+    folder = publish(bus, tmp_path / "data", version)
+    return read_policy_updates(bus)[-1], folder
+
+
+def test_restarted_server_gets_its_adapter_again(server, bus, tmp_path, caplog):
+    models, (endpoint,) = open_policies(server, bus, tmp_path, 1)
+    server.restart()
+    ((one,),) = endpoint.generate([GenerationRequest(MESSAGES)])
+    assert one.text == "fine first" and server.names == {"base", endpoint.id}
+    assert "does not have policy-000001" in caplog.text
+    models.close()

@@ -15,6 +15,7 @@ from engine import checkpoints
 from engine.bus.read import read_values
 from engine.errors import BusUnreachable, CharterError, CommitUncertain, UsageError, WriterFenced
 from engine.host import Host
+from engine.remote_checkpoints import fetch_checkpoint
 from engine.settings import load_settings
 from engine.worker import ModelExecutor, Worker
 from producers.files import SHIPPED_PROMPTS_PATH, FileProducer
@@ -265,6 +266,18 @@ def test_checkpoints_are_named_by_version_and_contain_no_pickles(settings, bus, 
     assert [path.name for path in folder.iterdir()] == ["policy-000001"]
     assert not [path for path in folder.rglob("*") if path.suffix in (".bin", ".pt", ".pkl")]
     shutil.rmtree(folder)
+
+
+def test_checkpoint_is_copied_to_a_url_before_the_policy_is_published(settings, bus, store, tiny, tmp_path):
+    url = f"memory://{tmp_path.name}/copies"
+    copied = settings.model_copy(update={"train": settings.train.model_copy(update={"checkpoint_url": url})})
+    run_stages(copied, bus, store, 1, 4)
+    trainer = Trainer(bus, store, copied, tiny)
+    update = trainer.update("sft")
+    trainer.close()
+    assert update.uri == f"{url}/policy-000001"
+    fetched = fetch_checkpoint(update.uri, tmp_path / "responder" / "checkpoints", update.content_hash)
+    assert fetched.folder.is_relative_to(tmp_path / "responder") and fetched.manifest["batch_id"] == update.batch_id
 
 
 def test_loop_waits_for_an_unreachable_log_and_resolves_an_uncertain_commit(settings, bus, store, tiny, monkeypatch):
