@@ -4,12 +4,14 @@
 
 The main process does what a single trainer process does: it samples batches, uses the log and writes checkpoints. The other
 processes do not use the log or the database. The other processes wait in `join_processes` for the learner calls that the main
-process broadcasts. These processes make the same calls and discard the results. Within a call, the rows of each step are
-divided among the processes. trl's trainers divide the rows themselves. PPO splits the rows and sums the gradients. trl fills an
-incomplete last batch with rows from the beginning. PPO splits the incomplete batch without filling it. All processes read the
-same files, so each process needs access to the data folder and to the models.
+process broadcasts. These processes make the same calls and discard the results. Within a call, the weights are sharded over
+the processes (`sharding.py`), and the rows of each step are divided among the processes. trl's trainers divide the rows
+themselves. They fill an incomplete last batch with rows from the beginning. Charter's own loops split an incomplete batch without
+filling it. All processes read the same files, so each process needs access to the data folder and to the models.
 
-This module was tested with two processes on a CPU. It has not been run on several GPUs.
+The number of processes is not part of a batch. After a crash, another number of processes can train the same batch.
+
+This module was run with two and with four processes on a CPU (gloo). It has not been run on several GPUs.
 """
 
 from __future__ import annotations
@@ -24,12 +26,12 @@ import torch
 from torch import distributed
 
 from engine.errors import CharterError
-from trainer.hf import StepCallback, ignore_step
 
 _CALL_TIMEOUT = timedelta(days=3650)  # the next batch may arrive days after the last batch
 T = TypeVar("T")
 # The process group that broadcasts calls. The group of the GPUs is not suitable, because it times out after minutes.
 _process_groups: list[Any] = []
+_calls: list[Any] = []  # the learner that runs in this process, if any
 
 
 @contextmanager
@@ -53,17 +55,9 @@ def join_processes() -> Iterator[bool]:
         state.destroy_process_group()
 
 
-def get_world_size() -> int:
-    """Return the number of processes. Return 1 without a launcher."""
-    return distributed.get_world_size() if _process_groups else 1
-
-
-def get_rank() -> int:
-    """Return the index of this process. Return 0 without a launcher."""
-    return distributed.get_rank() if _process_groups else 0
-
-
-def call_learner(learner: Callable[..., Any], *arguments: Any, on_step: StepCallback = ignore_step, **named: Any) -> Any:
+def call_learner(
+    learner: Callable[..., Any], *arguments: Any, on_step: Callable[[int, dict[str, float]], None], **named: Any
+) -> Any:
     """Call a learner in this process and in all other processes. Only this process calls `on_step`.
 
     `on_step` can raise an error, for example when the log is unreachable. This error is raised only after the learner has
@@ -82,7 +76,8 @@ def call_learner(learner: Callable[..., Any], *arguments: Any, on_step: StepCall
             errors.append(error)
 
     _broadcast_object((learner, arguments, named))
-    result = learner(*arguments, on_step=call_on_step, **named)
+    with _sharded_call(learner):
+        result = learner(*arguments, on_step=call_on_step, **named)
     if errors:
         raise errors[0]
     return result
@@ -100,36 +95,46 @@ def _follow_main_process() -> None:
     logging.getLogger("charter").setLevel(logging.ERROR)  # only the main process logs messages
     while (call := _broadcast_object(None)) is not None:
         learner, arguments, named = call
-        with suppress(CharterError):  # the main process raises the same error
+        with suppress(CharterError), _sharded_call(learner):  # the main process raises the same error
             learner(*arguments, **named)
+
+
+@contextmanager
+def _sharded_call(learner: Any) -> Iterator[None]:
+    """Shard the models that are loaded inside the block, because all processes are inside this block."""
+    _calls.append(learner)
+    try:
+        yield
+    finally:
+        _calls.clear()
+
+
+def get_num_shards() -> int:
+    """Return the number of processes that run this learner call together. Return 1 outside a learner call."""
+    return distributed.get_world_size() if _calls else 1
+
+
+def get_rank() -> int:
+    """Return the index of this process in a learner call. Return 0 outside a learner call."""
+    return distributed.get_rank() if _calls else 0
 
 
 def shard_rows(rows: Sequence[T]) -> list[T]:
     """Return this process's share of a minibatch."""
-    return list(rows[get_rank() :: get_world_size()])
-
-
-def all_reduce_gradients(parameters: Sequence[torch.nn.Parameter]) -> None:
-    """Replace the gradient of each parameter with its sum over all processes."""
-    if not _process_groups:
-        return
-    for parameter in parameters:
-        if parameter.grad is None:  # this process has no row of the minibatch
-            parameter.grad = torch.zeros_like(parameter)
-        distributed.all_reduce(parameter.grad)
+    return list(rows[get_rank() :: get_num_shards()])
 
 
 def all_reduce_sum(tensor: torch.Tensor) -> None:
     """Replace a tensor with its sum over all processes."""
-    if _process_groups:
+    if get_num_shards() > 1:
         distributed.all_reduce(tensor)
 
 
 def sum_over_processes(values: dict[str, float]) -> dict[str, float]:
     """Return the sum of each value over all processes. If a process has no value for a name, the value counts as 0."""
-    if not _process_groups:
+    if get_num_shards() == 1:
         return values
-    gathered: list[Any] = [None] * get_world_size()
+    gathered: list[Any] = [None] * get_num_shards()
     distributed.all_gather_object(gathered, values, group=_process_groups[0])
     names = dict.fromkeys(name for process_values in gathered for name in process_values)
     return {name: sum(process_values.get(name, 0.0) for process_values in gathered) for name in names}
@@ -137,8 +142,8 @@ def sum_over_processes(values: dict[str, float]) -> dict[str, float]:
 
 def max_over_processes(value: float) -> float:
     """Return the largest value of all processes."""
-    if not _process_groups:
+    if get_num_shards() == 1:
         return value
-    gathered: list[Any] = [None] * get_world_size()
+    gathered: list[Any] = [None] * get_num_shards()
     distributed.all_gather_object(gathered, value, group=_process_groups[0])
     return float(max(gathered))

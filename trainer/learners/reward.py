@@ -41,7 +41,7 @@ from engine.models.chat_template import encode_completion, encode_prompt
 from engine.statistics import Z_SCORE_95, compute_calibration_error, compute_correlation
 from engine.text import format_count
 from schemas.records import ChatMessage
-from trainer import hf, weights
+from trainer import hf, sharding, weights
 
 logger = logging.getLogger("charter.trainer")
 _NORMALIZATION_FILE = "reward.json"
@@ -202,6 +202,8 @@ def train(
     if agreed_before is not None:
         require_no_regression(agreed_before, agreed)
     check_against_chance(int(agreed.sum()), len(agreed), require=require_above_chance)
+    for member in model.members:
+        member.model = weights.gather_model(member.model)
     return model, metrics
 
 
@@ -316,7 +318,7 @@ def load_initial_scorer(folder: Path, member_index: int, seed: int | None) -> An
     if seed is not None:
         generator = torch.Generator().manual_seed(seed + member_index)
         scale = scorer.config.get_text_config().initializer_range
-        scorer.score.weight.data.copy_(torch.randn(scorer.score.weight.shape, generator=generator) * scale)
+        sharding.copy_to_parameter(scorer.score.weight, torch.randn(scorer.score.weight.shape, generator=generator) * scale)
     return scorer
 
 
@@ -338,7 +340,7 @@ def _train_member(
     lora_rank: int,
     on_step: hf.StepCallback,
 ) -> tuple[Any, dict[str, float]]:
-    """Train one scorer with trl. Return the scorer with its adapters merged, and its metrics."""
+    """Train one scorer with trl. Return the scorer and its metrics."""
     torch.manual_seed(training_arguments["seed"])  # initializes the LoRA matrices
     pad = _set_unused_pad_token(scorer, [row[side] for row in rows for side in ("chosen_ids", "rejected_ids")])
     model = weights.add_lora(scorer, lora_rank, "SEQ_CLS", modules_to_save=["score"])
@@ -359,7 +361,7 @@ def _train_member(
         )
         trainer.center_rewards_coefficient, trainer.pad_token_id = center_rewards_coefficient, pad
         metrics = hf.run_trainer(trainer, on_step)
-    return weights.merge_adapter(trainer.model), metrics
+    return trainer.model, metrics
 
 
 def _set_unused_pad_token(model: Any, sequences: Sequence[Sequence[int]]) -> int:
@@ -423,6 +425,7 @@ class RewardModel:
                 with self.hardware.autocast():
                     logits = member.model(**{key: value.to(member.model.device) for key, value in inputs.items()}).logits
                 scores[index, chunk] = logits.squeeze(-1).float().cpu()
+            sharding.release_gathered_weights(member.model)
         return scores
 
     def combine_member_scores(self, member_scores: torch.Tensor) -> torch.Tensor:
