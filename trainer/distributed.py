@@ -17,7 +17,8 @@ This module was run with two and with four processes on a CPU (gloo). It has not
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -25,13 +26,18 @@ from typing import Any, TypeVar
 import torch
 from torch import distributed
 
-from engine.errors import CharterError
+from engine.errors import CharterError, UsageError
 
 _CALL_TIMEOUT = timedelta(days=3650)  # the next batch may arrive days after the last batch
+_OTHER_SHARDING = {
+    "ACCELERATE_USE_FSDP": "FSDP",
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+}
 T = TypeVar("T")
 # The process group that broadcasts calls. The group of the GPUs is not suitable, because it times out after minutes.
 _process_groups: list[Any] = []
-_calls: list[Any] = []  # the learner that runs in this process, if any
+_calls: list[dict[str, Any]] = []  # the named arguments of the learner that runs in this process, if any
 
 
 @contextmanager
@@ -76,7 +82,7 @@ def call_learner(
             errors.append(error)
 
     _broadcast_object((learner, arguments, named))
-    with _sharded_call(learner):
+    with _sharded_call(named):
         result = learner(*arguments, on_step=call_on_step, **named)
     if errors:
         raise errors[0]
@@ -95,23 +101,58 @@ def _follow_main_process() -> None:
     logging.getLogger("charter").setLevel(logging.ERROR)  # only the main process logs messages
     while (call := _broadcast_object(None)) is not None:
         learner, arguments, named = call
-        with suppress(CharterError), _sharded_call(learner):  # the main process raises the same error
+        with suppress(CharterError), _sharded_call(named):  # the main process raises the same error
             learner(*arguments, **named)
 
 
 @contextmanager
-def _sharded_call(learner: Any) -> Iterator[None]:
-    """Shard the models that are loaded inside the block, because all processes are inside this block."""
-    _calls.append(learner)
+def _sharded_call(named: dict[str, Any]) -> Iterator[None]:
+    """Shard the models that are loaded inside the block, because all processes are inside this block.
+
+    `named` are the named arguments of the learner.
+    """
+    _calls.append(named)
     try:
         yield
     finally:
         _calls.clear()
 
 
+def require_supported_launch(batch_sizes: Mapping[str, int]) -> None:
+    """Raise UsageError if the launcher shards models itself, or if the processes cannot divide the steps of trl's trainers.
+
+    `batch_sizes` has the number of rows of a step for each setting.
+    """
+    for variable, title in _OTHER_SHARDING.items():
+        if os.environ.get(variable, "false").lower() in ("1", "true"):
+            raise UsageError(
+                f"accelerate was started with {title} ({variable}={os.environ[variable]})",
+                "Charter shards the models itself, with FSDP2. Two kinds of sharding exclude each other",
+                "accelerate launch --multi_gpu --num_processes N --module charter train",
+            )
+    num_processes = distributed.get_world_size()
+    for setting, size in batch_sizes.items():
+        require_equal_shares(setting, size, num_processes)
+
+
+def require_equal_shares(setting: str, size: int, num_processes: int) -> None:
+    """Raise UsageError if the processes cannot divide the rows of a step equally. trl's trainers need equal shares."""
+    if size % num_processes:
+        raise UsageError(
+            f"{num_processes} processes cannot divide the {size} rows of a step equally ({setting})",
+            "each process takes the same number of rows, so a step would have fewer rows than with one process",
+            f"set {setting} to a multiple of {num_processes}, or start another number of processes (--num_processes)",
+        )
+
+
 def get_num_shards() -> int:
     """Return the number of processes that run this learner call together. Return 1 outside a learner call."""
     return distributed.get_world_size() if _calls else 1
+
+
+def multiplies_in_bf16() -> bool:
+    """Return whether the learner of this call multiplies matrices in bf16 (`Hardware.bf16`)."""
+    return bool(_calls and _calls[0]["hardware"].bf16)
 
 
 def get_rank() -> int:

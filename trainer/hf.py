@@ -10,7 +10,7 @@ import torch
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
 from engine.errors import TrainingFailed
-from trainer.distributed import get_num_shards
+from trainer.distributed import get_num_shards, require_equal_shares
 from trainer.weights import Hardware
 
 StepCallback = Callable[[int, dict[str, float]], None]
@@ -62,8 +62,8 @@ def build_training_arguments(
     number of sequences in a row. A pair has two sequences and counts as two rows of `hardware.micro_batch_size`. Under
     accelerate's launcher, each process takes an equal part of `batch_size`.
     """
-    processes = get_num_shards()
-    share = max(1, batch_size // processes)
+    require_equal_shares("batch_size", batch_size, get_num_shards())
+    share = batch_size // get_num_shards()
     rows = compute_micro_batch_size(share, max(1, hardware.micro_batch_size // texts_per_row))
     return {
         "output_dir": output_dir,

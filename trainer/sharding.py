@@ -29,7 +29,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import AutoConfig
 from transformers.distributed import DistributedConfig
 
-from trainer.distributed import get_num_shards
+from trainer.distributed import get_num_shards, multiplies_in_bf16
 
 T = TypeVar("T")
 _RUN = "run_function"  # the method that `run_in_root` adds to a root module
@@ -45,7 +45,10 @@ def load_model(auto_class: Any, folder: Path, **arguments: Any) -> Any:
     # of the output layer without this call. Without the entry, the output layer belongs to the root and is gathered with it.
     plan, model_class._fsdp_plan = model_class._fsdp_plan, None
     try:
-        return model_class.from_pretrained(folder, distributed_config=DistributedConfig(fsdp_size=num_shards), **arguments)
+        # Autocast would keep a complete bf16 copy of each fp32 weight until the backward pass. FSDP2 gathers bf16 copies instead, and
+        # releases them after each layer. Gradients are summed in fp32.
+        config = DistributedConfig(fsdp_size=num_shards, fsdp_mixed_precision=multiplies_in_bf16())
+        return model_class.from_pretrained(folder, distributed_config=config, **arguments)
     finally:
         model_class._fsdp_plan = plan
 

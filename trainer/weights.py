@@ -1,8 +1,8 @@
 """Load weights for training, add LoRA adapters, and save checkpoints for serving.
 
-Master weights are in fp32. At PPO's learning rate, AdamW in pure bf16 changed only 0.4 % of SmolLM2's weights in two steps. A
-checkpoint is always one complete folder of fp32 safetensors. Adapters are merged in fp32 before saving, so a checkpoint can be
-served without any other files.
+Trained weights are in fp32. At PPO's learning rate, AdamW in pure bf16 changed only 0.4 % of SmolLM2's weights in two steps.
+Frozen weights under LoRA adapters can be in bf16 (`train.base_dtype`). A checkpoint is always one complete folder of fp32
+safetensors. Adapters are merged in fp32 before saving, so a checkpoint can be served without any other files.
 
 The RL phase (PPO, DPO) uses LoRA as follows. SFT merges its adapter. The merged policy is the reference of the RL phase. The
 first RL update adds a new adapter of zeros to the reference. Each update saves the adapter itself (`rl/`) next to the merged
@@ -40,6 +40,8 @@ from trainer.distributed import get_rank
 transformers.utils.logging.disable_progress_bar()
 transformers.utils.logging.set_verbosity_error()
 warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)  # peft still reads this attribute
+# A new scorer's head gets random values first, and `load_scorer` replaces them.
+warnings.filterwarnings("ignore", "DTensor random operators may not", UserWarning)
 
 # Adapters start at zero and have few parameters, so they need ten times the learning rate.
 LORA_LEARNING_RATE_FACTOR = 10.0

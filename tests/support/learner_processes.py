@@ -1,8 +1,9 @@
 """Run each learner on a tiny model, in one process or in several. `test_processes.py` compares the results.
 
-    python -m torch.distributed.run --nproc_per_node 2 tests/support/learner_processes.py TIED UNTIED OUT
+    python -m torch.distributed.run --nproc_per_node 2 tests/support/learner_processes.py TIED UNTIED OUT DATA
 
-TIED and UNTIED are folders of tiny models. Each process checks that the policies were sharded (`check_shards`).
+TIED and UNTIED are folders of tiny models. Each process checks that the policies were sharded (`check_shards`). Then the processes
+resume the unfinished update in the data folder DATA.
 """
 
 import json
@@ -13,10 +14,13 @@ from pathlib import Path
 import torch
 from torch.distributed.tensor import DTensor
 
+from charter.connect import connect_bus, open_store
 from engine.errors import CharterError
+from engine.settings import load_settings
 from schemas.records import ChatMessage
 from trainer import distributed, sharding, weights
 from trainer.learners import distill, dpo, grpo, ppo, reward, rloo, sft
+from trainer.loop import Trainer
 
 HARDWARE = weights.Hardware(micro_batch_size=2, precision="fp32")
 KEPT = {"loss", "grad_norm", "policy_loss", "value_loss", "kl_ref", "sl_loss", "ratio_max", "clipfrac", "entropy"}
@@ -45,11 +49,13 @@ def list_cases(tied, untied):
         "sft-lora": (sft.train, (untied, TEXTS), TRL | lora),
         "reward": (reward.train, (tied, PAIRS), TRL),
         "reward-lora": (reward.train, (tied, PAIRS), TRL | lora | {"ensemble_size": 2}),
+        "reward-bf16": (reward.train, (untied, PAIRS), TRL | lora | bf16),
         "dpo": (dpo.train, (untied, untied, PAIRS), TRL),
         "dpo-lora": (dpo.train, (tied, tied, PAIRS), TRL | lora),
         "ppo": (ppo.train, (tied, tied, ROLLOUTS, SCORES, PPO), {"sl_rows": SL_ROWS}),
         "ppo-untied": (ppo.train, (untied, untied, ROLLOUTS, SCORES, PPO), checkpointed),
         "ppo-lora": (ppo.train, (tied, tied, ROLLOUTS, SCORES, PPO), lora | checkpointed | {"sl_rows": SL_ROWS}),
+        "ppo-bf16": (ppo.train, (tied, tied, ROLLOUTS, SCORES, PPO), {"hardware": replace(HARDWARE, precision="bf16")}),
         "grpo": (grpo.train, (tied, tied, GROUPS, SCORES, grpo.GRPOConfig(**STEPS)), {"base_folder": untied}),
         "grpo-bf16": (grpo.train, (untied, untied, GROUPS, SCORES, grpo.GRPOConfig(1e-2, batch_size=7)), lora | bf16),
         "rloo": (rloo.train, (untied, untied, GROUPS, SCORES, rloo.RLOOConfig(**STEPS)), {}),
@@ -84,6 +90,24 @@ def fail_step(step, metrics):
     raise CharterError("the log is unreachable")
 
 
+def open_trainer(data, base, **callbacks):
+    """Return the log and the trainer of a data folder."""
+    flags = {"data.folder": data, "models.policy": base, "train.precision": "fp32", "train.micro_batch_size": 2}
+    flags |= {"train.sft_rows": 8, "sft.batch_size": 4, "sft.learning_rate": 1e-3}
+    settings = load_settings({name: str(value) for name, value in flags.items()}, environment={})[0]
+    bus = connect_bus(settings)
+    return bus, Trainer(bus, open_store(settings), settings, base, **callbacks)
+
+
+def resume_update(data, base):
+    """Train the unfinished batch of a data folder. Return the id of the batch and the checkpoint."""
+    bus, trainer = open_trainer(data, base)
+    update = trainer.resume()
+    trainer.close()
+    bus.close()
+    return update.batch_id, update.uri
+
+
 def check_shards(model, gather=weights.gather_model):
     """Check in each process that it holds a part of each loaded weight, and that the other trained weights are equal."""
     base = model.get_base_model() if weights.has_adapter(model) else model
@@ -101,9 +125,9 @@ def check_shards(model, gather=weights.gather_model):
 
 
 if __name__ == "__main__":
-    tied, untied, out = (Path(argument) for argument in sys.argv[1:])
+    tied, untied, out, data = (Path(argument) for argument in sys.argv[1:])
     weights.gather_model = check_shards
     with distributed.join_processes() as is_main:
         if is_main:
             steps = run_learners(tied, untied, out)
-            (out / "steps.json").write_text(json.dumps(steps))
+            (out / "result.json").write_text(json.dumps({"steps": steps, "resumed": resume_update(data, tied)}))

@@ -179,7 +179,12 @@ def train(
             on_step(previous_steps + step, metrics)
 
         scorer, metrics = _train_member(
-            load_initial_scorer(folder, index, seed if ensemble_size > 1 else None),
+            load_initial_scorer(
+                folder,
+                index,
+                seed if ensemble_size > 1 else None,
+                dtype=hardware.weights_dtype if lora_rank else torch.float32,
+            ),
             rows,
             tokenizer,
             training_arguments={
@@ -303,7 +308,7 @@ def _encode_pair(tokenizer: Any, example: PreferenceExample, max_length: int) ->
     return {"chosen_ids": chosen, "rejected_ids": rejected, "p_a": example.p_a, "length": longest}
 
 
-def load_initial_scorer(folder: Path, member_index: int, seed: int | None) -> Any:
+def load_initial_scorer(folder: Path, member_index: int, seed: int | None, *, dtype: torch.dtype = torch.float32) -> Any:
     """Load the scorer that an ensemble member starts from.
 
     If there is a checkpoint, the member starts from the same member of the last checkpoint. Otherwise, the member starts from
@@ -313,8 +318,8 @@ def load_initial_scorer(folder: Path, member_index: int, seed: int | None) -> An
     trained = (folder / _NORMALIZATION_FILE).exists()
     member_folder = _get_member_folder(folder, member_index)
     if trained and member_folder.exists():
-        return weights.load_scorer(member_folder, trained=True)
-    scorer = weights.load_scorer(folder)
+        return weights.load_scorer(member_folder, trained=True, dtype=dtype)
+    scorer = weights.load_scorer(folder, dtype=dtype)
     if seed is not None:
         generator = torch.Generator().manual_seed(seed + member_index)
         scale = scorer.config.get_text_config().initializer_range

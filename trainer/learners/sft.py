@@ -65,7 +65,7 @@ def supports_padding_free(policy: Any) -> bool:
     ]
     alone = policy(second.to(policy.device), use_cache=False).logits
     sharding.release_gathered_weights(policy)
-    return torch.allclose(concatenated.float(), alone.float(), atol=1e-3)
+    return torch.allclose(concatenated.float(), alone.float(), atol=1e-3 if policy.dtype == torch.float32 else 0.1)
 
 
 def train(
