@@ -55,26 +55,30 @@ def join_processes() -> Iterator[bool]:
             _follow_main_process()
         yield bool(state.is_main_process)
     finally:
-        if state.is_main_process:
-            _broadcast_object(None)
+        if not _calls:  # otherwise an error has ended a call in this process alone, and the launcher stops the other processes
+            if state.is_main_process:
+                _broadcast_object(None)
+            state.destroy_process_group()
         _process_groups.clear()
-        state.destroy_process_group()
+        _calls.clear()
 
 
 def call_learner(
-    learner: Callable[..., Any], *arguments: Any, on_step: Callable[[int, dict[str, float]], None], **named: Any
+    learner: Callable[..., Any], *arguments: Any, on_step: Callable[[int, dict[str, float]], None] | None = None, **named: Any
 ) -> Any:
     """Call a learner in this process and in all other processes. Only this process calls `on_step`.
+
+    The named argument `hardware` is required. A function without steps can be called without `on_step`.
 
     `on_step` can raise an error, for example when the log is unreachable. This error is raised only after the learner has
     returned. An error that is raised within a step would make the other processes wait for this process forever.
     """
     if not _process_groups:
-        return learner(*arguments, on_step=on_step, **named)
+        return learner(*arguments, **named, **({"on_step": on_step} if on_step else {}))
     errors: list[CharterError] = []
 
     def call_on_step(step: int, metrics: dict[str, float]) -> None:
-        if errors:
+        if errors or on_step is None:
             return
         try:
             on_step(step, metrics)
@@ -83,7 +87,7 @@ def call_learner(
 
     _broadcast_object((learner, arguments, named))
     with _sharded_call(named):
-        result = learner(*arguments, on_step=call_on_step, **named)
+        result = learner(*arguments, **named, **({"on_step": call_on_step} if on_step else {}))
     if errors:
         raise errors[0]
     return result
@@ -114,8 +118,10 @@ def _sharded_call(named: dict[str, Any]) -> Iterator[None]:
     _calls.append(named)
     try:
         yield
-    finally:
-        _calls.clear()
+    except CharterError:
+        _calls.clear()  # the other processes raise the same error
+        raise
+    _calls.clear()
 
 
 def require_supported_launch(batch_sizes: Mapping[str, int]) -> None:

@@ -138,7 +138,7 @@ def _estimate_activations(shape: ModelShape, settings: UpdateSettings, num_cards
     value_bytes = 2 if settings.bf16 else 4
     tokens = settings.micro_batch_size * settings.sequence_length
     # Two norms keep their input and their normalized input in fp32. The linear layers keep their inputs. The attention keeps the
-    # query, the repeated keys and values, and its output. The MLP keeps four tensors of its own size.
+    # query, the repeated keys and values, and its output. The MLP keeps four tensors of the intermediate size.
     per_layer = tokens * (4 * 4 * shape.hidden_size + value_bytes * (7 * shape.hidden_size + 4 * shape.intermediate_size))
     if settings.lora_rank:
         per_layer += tokens * value_bytes * 7 * settings.lora_rank

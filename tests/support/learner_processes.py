@@ -79,6 +79,9 @@ def run_learners(tied, untied, out):
             weights.make_saver(*result[:2])(out / name)
         else:
             getattr(result[0], "save", result[0])(out / name)
+    responses = [(example.messages, example.response_a, True) for example in PAIRS]
+    scores = distributed.call_learner(reward.score_responses, out / "reward", responses, policy=tied, hardware=HARDWARE)
+    steps["scores"] = [dict(enumerate(column)) for column in scores]
     try:  # the log is unreachable at a step: the other process must not wait within the next step
         distributed.call_learner(dpo.train, tied, tied, PAIRS, hardware=HARDWARE, on_step=fail_step, **TRL)
     except CharterError as error:

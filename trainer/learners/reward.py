@@ -571,3 +571,19 @@ def load_reward_model(
         for index, statistics in enumerate(member_statistics)
     ]
     return RewardModel(members, weights.load_tokenizer(folder), penalty, mean, deviation, max_length, hardware)
+
+
+def score_responses(
+    folder: Path,
+    responses: Sequence[tuple[Sequence[ChatMessage], str, bool]],
+    *,
+    policy: Path,
+    hardware: weights.Hardware = weights.DEFAULT_HARDWARE,
+) -> tuple[list[float], list[float]]:
+    """Load a reward model. Return its score and its normalized score of each (messages, response, ends_with_eos).
+
+    Raise UsageError as `load_reward_model` does.
+    """
+    model = load_reward_model(folder, hardware, policy=policy)
+    scores = model.score(responses)
+    return scores, model.normalize(scores)
