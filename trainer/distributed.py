@@ -187,6 +187,11 @@ def sum_over_processes(values: dict[str, float]) -> dict[str, float]:
     return {name: sum(process_values.get(name, 0.0) for process_values in gathered) for name in names}
 
 
+def broadcast_from_main(value: T) -> T:
+    """Return the value of the main process in all processes, so that all of them make the same decision."""
+    return value if get_num_shards() == 1 else _broadcast_object(value)
+
+
 def max_over_processes(value: float) -> float:
     """Return the largest value of all processes."""
     if get_num_shards() == 1:

@@ -39,22 +39,23 @@ PPO = ppo.PPOConfig(**STEPS)
 DISTILL = distill.DistillConfig(**STEPS, min_teacher_effect=0.0)
 
 
-def list_cases(tied, untied):
+def list_cases(tied, untied, out):
     """Return the learner, its arguments and its settings for each name of a case."""
     checkpointed = {"hardware": replace(HARDWARE, gradient_checkpointing=True)}
     bf16 = {"hardware": weights.Hardware(2, base_dtype="bf16")}
     lora = {"lora_rank": 4}
     return {
         "sft": (sft.train, (tied, TEXTS), TRL),
-        "sft-lora": (sft.train, (untied, TEXTS), TRL | lora),
+        "sft-lora": (sft.train, (untied, TEXTS), TRL | lora | checkpointed),
         "reward": (reward.train, (tied, PAIRS), TRL),
         "reward-lora": (reward.train, (tied, PAIRS), TRL | lora | {"ensemble_size": 2}),
         "reward-bf16": (reward.train, (untied, PAIRS), TRL | lora | bf16),
-        "dpo": (dpo.train, (untied, untied, PAIRS), TRL),
+        "dpo": (dpo.train, (untied, untied, PAIRS), TRL | checkpointed),
         "dpo-lora": (dpo.train, (tied, tied, PAIRS), TRL | lora),
         "ppo": (ppo.train, (tied, tied, ROLLOUTS, SCORES, PPO), {"sl_rows": SL_ROWS}),
         "ppo-untied": (ppo.train, (untied, untied, ROLLOUTS, SCORES, PPO), checkpointed),
         "ppo-lora": (ppo.train, (tied, tied, ROLLOUTS, SCORES, PPO), lora | checkpointed | {"sl_rows": SL_ROWS}),
+        "ppo-lora-second": (ppo.train, (out / "ppo-lora", tied, ROLLOUTS, SCORES, PPO), lora),
         "ppo-bf16": (ppo.train, (tied, tied, ROLLOUTS, SCORES, PPO), {"hardware": replace(HARDWARE, precision="bf16")}),
         "grpo": (grpo.train, (tied, tied, GROUPS, SCORES, grpo.GRPOConfig(**STEPS)), {"base_folder": untied}),
         "grpo-bf16": (grpo.train, (untied, untied, GROUPS, SCORES, grpo.GRPOConfig(1e-2, batch_size=7)), lora | bf16),
@@ -68,7 +69,7 @@ def list_cases(tied, untied):
 def run_learners(tied, untied, out):
     """Run all cases. Return the metrics of the steps of each case, and save each trained model in `out`."""
     steps = {}
-    for name, (learner, arguments, settings) in list_cases(tied, untied).items():
+    for name, (learner, arguments, settings) in list_cases(tied, untied, out).items():
 
         def on_step(step, metrics, name=name):
             steps.setdefault(name, []).append({key: value for key, value in metrics.items() if key in KEPT})

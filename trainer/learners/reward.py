@@ -41,7 +41,7 @@ from engine.models.chat_template import encode_completion, encode_prompt
 from engine.statistics import Z_SCORE_95, compute_calibration_error, compute_correlation
 from engine.text import format_count
 from schemas.records import ChatMessage
-from trainer import hf, sharding, weights
+from trainer import distributed, hf, sharding, weights
 
 logger = logging.getLogger("charter.trainer")
 _NORMALIZATION_FILE = "reward.json"
@@ -431,7 +431,7 @@ class RewardModel:
                     logits = member.model(**{key: value.to(member.model.device) for key, value in inputs.items()}).logits
                 scores[index, chunk] = logits.squeeze(-1).float().cpu()
             sharding.release_gathered_weights(member.model)
-        return scores
+        return distributed.broadcast_from_main(scores)
 
     def combine_member_scores(self, member_scores: torch.Tensor) -> torch.Tensor:
         """Combine the members' scores (members, N) into one score per response (N,)."""
