@@ -18,6 +18,7 @@ FSDP2 sets these rules for a learner:
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -29,6 +30,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import AutoConfig
 from transformers.distributed import DistributedConfig
 
+from engine.errors import UsageError
 from trainer.distributed import get_num_shards, multiplies_in_bf16
 
 T = TypeVar("T")
@@ -36,11 +38,21 @@ _RUN = "run_function"  # the method that `run_in_root` adds to a root module
 
 
 def load_model(auto_class: Any, folder: Path, **arguments: Any) -> Any:
-    """Return the result of `auto_class.from_pretrained(folder)`. Inside a learner call of several processes, shard the model."""
+    """Return the result of `auto_class.from_pretrained(folder)`. Inside a learner call of several processes, shard the model.
+
+    Raise UsageError if transformers cannot shard this model.
+    """
     if (num_shards := get_num_shards()) == 1:
         return auto_class.from_pretrained(folder, **arguments)
     with torch.device("meta"):
-        model_class = type(auto_class.from_config(AutoConfig.from_pretrained(folder)))
+        empty_model = auto_class.from_config(AutoConfig.from_pretrained(folder))
+    model_class = type(empty_model)
+    if not _has_plan_for_layers(empty_model):
+        raise UsageError(
+            f"a {model_class.__name__} cannot be trained by {num_shards} processes",
+            "the plan of transformers for FSDP2 names no layers of this model, so each process would hold all weights at once",
+            "start one process (charter train), or set another models.policy",
+        )
     # The plan of a causal language model gathers the output layer when its module is called. trl and `distill.py` use the weight
     # of the output layer without this call. Without the entry, the output layer belongs to the root and is gathered with it.
     plan, model_class._fsdp_plan = model_class._fsdp_plan, None
@@ -51,6 +63,13 @@ def load_model(auto_class: Any, folder: Path, **arguments: Any) -> Any:
         return model_class.from_pretrained(folder, distributed_config=config, **arguments)
     finally:
         model_class._fsdp_plan = plan
+
+
+def _has_plan_for_layers(model: Any) -> bool:
+    """Return whether transformers' plan divides the layers of this model. Its general plan does not name the layers of all models."""
+    names = [name for name, _ in model.named_modules()]
+    rules = [re.escape(rule).replace(r"\*", r"\d+") for rule in model.fsdp_plan if "*" in rule]
+    return any(re.fullmatch(rule, name) for rule in rules for name in names)
 
 
 def is_sharded(model: Any) -> bool:

@@ -260,7 +260,7 @@ def load_policy_for_rl(policy: Path, reference: Path, rank: int, hardware: Hardw
     If an earlier update of this RL phase saved an adapter, training continues with this adapter. Until the next SFT update, the
     adapter keeps its rank.
     """
-    dtype = hardware.weights_dtype
+    dtype = hardware.weights_dtype if rank else torch.float32
     if rank and policy == reference:
         return add_lora(load_policy(reference, dtype), rank, "CAUSAL_LM"), True
     if rank and has_adapter_for_reference(policy, reference):

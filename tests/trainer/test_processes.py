@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config
 
 from consumers.sink import Sink
 from engine.errors import UsageError
@@ -18,7 +18,7 @@ from engine.worker import to_producer_record
 from tests.support.learner_processes import list_cases, open_trainer, resume_update, run_learners
 from tests.support.records import make_chain_end
 from tests.support.waiting import HANG_S
-from trainer import distributed
+from trainer import distributed, sharding, weights
 
 
 @pytest.fixture
@@ -111,3 +111,10 @@ def test_a_launch_that_would_train_something_else_is_refused(monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(UsageError, match="accelerate was started with FSDP"):
         distributed.require_supported_launch({})
+
+
+def test_a_model_that_cannot_be_sharded_is_refused(tmp_path, monkeypatch):
+    GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=10).save_pretrained(tmp_path)
+    monkeypatch.setattr(sharding, "get_num_shards", lambda: 2)
+    with pytest.raises(UsageError, match="a GPT2LMHeadModel cannot be trained by 2 processes"):
+        weights.load_policy(tmp_path)
