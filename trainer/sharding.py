@@ -28,7 +28,6 @@ from torch import distributed
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import AutoConfig
-from transformers.distributed import DistributedConfig
 
 from engine.errors import UsageError
 from trainer.distributed import get_num_shards, multiplies_in_bf16
@@ -44,6 +43,8 @@ def load_model(auto_class: Any, folder: Path, **arguments: Any) -> Any:
     """
     if (num_shards := get_num_shards()) == 1:
         return auto_class.from_pretrained(folder, **arguments)
+    from transformers.distributed import DistributedConfig
+
     with torch.device("meta"):
         empty_model = auto_class.from_config(AutoConfig.from_pretrained(folder))
     model_class = type(empty_model)
