@@ -6,6 +6,7 @@ import importlib
 import logging
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,6 +32,8 @@ from trainer.methods import RL_METHODS
 if TYPE_CHECKING:
     from trainer.loop import Trainer
 
+_USUAL_LORA_RANK = 16
+_NUM_CARDS = (1, 2, 4, 8, 16, 64)
 _TRACKING_LIBRARIES = ("trackio", "wandb")
 
 
@@ -56,6 +59,37 @@ def run_training(settings: Settings, phase: str | None, loop: bool, *, wait: boo
         trainer.close()
         for close in (*closing, reporter.close, bus.close):
             close()
+
+
+def print_memory_estimates(settings: Settings) -> None:
+    """Print the memory of an update on each card, for the policy and for models of usual sizes. No weights are loaded."""
+    from trainer import memory
+
+    train = settings.train
+    common = memory.UpdateSettings(
+        sequence_length=train.max_length,
+        completion_length=min(settings.respond.max_tokens, train.max_length),
+        micro_batch_size=train.micro_batch_size,
+        bf16=train.precision != "fp32",  # a card multiplies in bf16
+        gradient_checkpointing=train.gradient_checkpointing,
+    )
+    # Without adapters in the settings, the adapters of the table have a usual rank.
+    lora = replace(common, lora_rank=train.lora_rank or _USUAL_LORA_RANK)
+    variants = [common, lora, *([replace(lora, base_dtype="bf16")] if common.bf16 else [])]
+    shapes, spec = list(memory.SHAPES), train.base_model or settings.models.policy
+    policy = memory.read_shape(resolve_model_folder(spec)) if spec == "smollm2" or Path(spec).is_dir() else None
+    if policy:
+        shapes.insert(0, policy)
+    else:
+        print_progress(f"{spec} is not in the table: it is not the folder of a decoder with gated MLPs (Llama, Qwen, Mistral)")
+    for line in memory.format_estimates(shapes, variants, _NUM_CARDS):
+        click.echo(line)
+    click.echo(
+        f"GiB on each card, by the number of cards. Sequences of {common.sequence_length} tokens with completions of"
+        f" {common.completion_length}, {common.micro_batch_size} in one pass, gradient_checkpointing ="
+        f" {str(common.gradient_checkpointing).lower()}. Libraries and fragments of the allocator are not included"
+        " (docs/training.md)."
+    )
 
 
 def _open_trainer(

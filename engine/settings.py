@@ -608,7 +608,11 @@ class TrainSettings(_Section):
     )
     precision: Literal["auto", "bf16", "fp32"] = Field(
         "auto",
-        description="Precision of matrix products. auto selects bf16 if the hardware supports it. Weights are always fp32.",
+        description="Precision of matrix products. auto selects bf16 if the hardware supports it. Trained weights are always fp32.",
+    )
+    base_dtype: Literal["fp32", "bf16"] = Field(
+        "fp32",
+        description="Type of the frozen weights under LoRA adapters. bf16 halves their memory. Adapters and checkpoints are always fp32.",
     )
     rl_method: Literal["ppo", "dpo", "grpo", "rloo", "distill"] = Field(
         "ppo",
@@ -662,6 +666,15 @@ class TrainSettings(_Section):
     report_to: Literal["", "trackio", "wandb"] = Field(
         "", description="Experiment tracker that also receives the metrics of each step. If empty, no tracker is used."
     )
+
+    @field_validator("base_dtype")
+    @classmethod
+    def _require_frozen_weights(cls, dtype: str, info: ValidationInfo) -> str:
+        if dtype == "bf16" and not info.data.get("lora_rank"):
+            raise ValueError("train.lora_rank is 0, so all weights are trained, and bf16 weights would lose small steps")
+        if dtype == "bf16" and info.data.get("precision") == "fp32":
+            raise ValueError("train.precision is fp32, but bf16 weights are multiplied in bf16")
+        return dtype
 
     @field_validator("rewards")
     @classmethod

@@ -10,6 +10,7 @@ import torch
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
 from engine.errors import TrainingFailed
+from trainer.distributed import get_num_shards, require_equal_shares
 from trainer.weights import Hardware
 
 StepCallback = Callable[[int, dict[str, float]], None]
@@ -61,8 +62,8 @@ def build_training_arguments(
     number of sequences in a row. A pair has two sequences and counts as two rows of `hardware.micro_batch_size`. Under
     accelerate's launcher, each process takes an equal part of `batch_size`.
     """
-    processes = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
-    share = max(1, batch_size // processes)
+    require_equal_shares("batch_size", batch_size, get_num_shards())
+    share = batch_size // get_num_shards()
     rows = compute_micro_batch_size(share, max(1, hardware.micro_batch_size // texts_per_row))
     return {
         "output_dir": output_dir,
@@ -77,11 +78,13 @@ def build_training_arguments(
         "data_seed": seed,
         "bf16": hardware.bf16,
         "activation_checkpointing": hardware.gradient_checkpointing,
+        "use_cache": True,  # the saved configuration then does not change. The learners disable the cache in their forward passes
         "use_cpu": not torch.cuda.is_available(),
         "logging_steps": 1,
         "logging_nan_inf_filter": False,
         "save_strategy": "no",
         "report_to": "none",
+        "log_level_replica": "error",
         "disable_tqdm": True,
         "max_length": max_length,
         "dataloader_pin_memory": False,

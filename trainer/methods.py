@@ -84,6 +84,7 @@ RL_METHODS = {
 }
 SFT_PHASE, REWARD_PHASE = "sft", "reward"
 PHASES = (SFT_PHASE, REWARD_PHASE, *RL_METHODS)
+TRL_PHASES = (SFT_PHASE, REWARD_PHASE, "dpo")  # the phases that one of trl's trainers trains
 _ROW_KINDS: dict[str, RowKind] = {SFT_PHASE: "chains", REWARD_PHASE: "pairs"}
 
 

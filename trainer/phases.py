@@ -53,7 +53,7 @@ class LearnContext:
         from trainer.weights import Hardware
 
         settings = self.train_settings
-        return Hardware(settings.micro_batch_size, settings.gradient_checkpointing, settings.precision)
+        return Hardware(settings.micro_batch_size, settings.gradient_checkpointing, settings.precision, settings.base_dtype)
 
 
 _TrainOutput = tuple[Callable[[Path], None], dict[str, float]]
@@ -322,18 +322,19 @@ LEARNERS: dict[str, Learner] = {
 
 def _score_rollouts(context: LearnContext, batch: Batch) -> list[float]:
     """Return the reward model's normalized score of each rollout, and publish all scores."""
+    from trainer import distributed
     from trainer.learners import reward
 
     manifest = batch.manifest
     version = manifest.base_reward_version
     assert version is not None, "batches that a reward model scores are sampled only when there is one"
-    model = reward.load_reward_model(
+    scores, normalized = distributed.call_learner(
+        reward.score_responses,
         context.folders.get_version_folder(PolicyKind.REWARD, version),
-        context.hardware,
+        [(parse_messages(row), row["text"], row["finish_reason"] == "STOP") for row in batch.rows],
         policy=context.folders.get_policy_folder(manifest.base_policy_version),
+        hardware=context.hardware,
     )
-    scores = model.score([(parse_messages(row), row["text"], row["finish_reason"] == "STOP") for row in batch.rows])
-    normalized = model.normalize(scores)
     context.publish(
         [
             make_score(row, manifest.run_id, version, score, normalized_score)

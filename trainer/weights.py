@@ -1,8 +1,8 @@
 """Load weights for training, add LoRA adapters, and save checkpoints for serving.
 
-Master weights are in fp32. At PPO's learning rate, AdamW in pure bf16 changed only 0.4 % of SmolLM2's weights in two steps. A
-checkpoint is always one complete folder of fp32 safetensors. Adapters are merged in fp32 before saving, so a checkpoint can be
-served without any other files.
+Trained weights are in fp32. At PPO's learning rate, AdamW in pure bf16 changed only 0.4 % of SmolLM2's weights in two steps.
+Frozen weights under LoRA adapters can be in bf16 (`train.base_dtype`). A checkpoint is always one complete folder of fp32
+safetensors. Adapters are merged in fp32 before saving, so a checkpoint can be served without any other files.
 
 The RL phase (PPO, DPO) uses LoRA as follows. SFT merges its adapter. The merged policy is the reference of the RL phase. The
 first RL update adds a new adapter of zeros to the reference. Each update saves the adapter itself (`rl/`) next to the merged
@@ -12,7 +12,9 @@ policy. With the adapter disabled, the model is the reference. Memory therefore 
 
 from __future__ import annotations
 
+import copy
 import json
+import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -30,12 +32,16 @@ from engine.checkpoints import MANIFEST_FILENAME, hash_files
 from engine.errors import UsageError
 from engine.models.control_tokens import find_end_token_id
 from engine.weight_sync import ADAPTER_FOLDER
+from trainer import sharding
+from trainer.distributed import get_rank
 
 # The caller prints one line per step, so the libraries print nothing. The libraries would also warn that a new scorer has no
 # head, but `load_scorer` initializes the head.
 transformers.utils.logging.disable_progress_bar()
 transformers.utils.logging.set_verbosity_error()
 warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)  # peft still reads this attribute
+# A new scorer's head gets random values first, and `load_scorer` replaces them.
+warnings.filterwarnings("ignore", "DTensor random operators may not", UserWarning)
 
 # Adapters start at zero and have few parameters, so they need ten times the learning rate.
 LORA_LEARNING_RATE_FACTOR = 10.0
@@ -52,17 +58,25 @@ _VALUE_HEAD_FILE = "value.safetensors"
 class Hardware:
     """These settings define how an update uses the machine.
 
-    The settings are the number of rows per pass, the precision, and whether activations are recomputed to save memory.
+    The settings are the number of rows per pass, whether activations are recomputed to save memory, the precision of matrix
+    products, and the type of the frozen weights under LoRA adapters.
     """
 
     micro_batch_size: int = 4
     gradient_checkpointing: bool = False
     precision: Literal["auto", "bf16", "fp32"] = "auto"
+    base_dtype: Literal["fp32", "bf16"] = "fp32"
 
     @property
     def bf16(self) -> bool:
-        """Return whether matrices are multiplied in bf16."""
-        return self.precision == "bf16" or (self.precision == "auto" and _supports_bf16())
+        """Return whether matrices are multiplied in bf16. Weights in bf16 are always multiplied in bf16."""
+        automatic = self.base_dtype == "bf16" or _supports_bf16()
+        return self.precision == "bf16" or (self.precision == "auto" and automatic)
+
+    @property
+    def weights_dtype(self) -> torch.dtype:
+        """Return the type of the weights that LoRA does not train. The adapters are always fp32."""
+        return torch.bfloat16 if self.base_dtype == "bf16" else torch.float32
 
     @contextmanager
     def autocast(self) -> Iterator[None]:
@@ -116,24 +130,33 @@ def load_tokenizer(folder: Path) -> Any:
 
 def load_policy(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
     """Load a causal language model from safetensors. Raise UsageError when a weight is missing or truncated."""
+    return _move_to_device(_read_policy(folder, dtype, sharding.load_model))
+
+
+def _read_policy(folder: Path, dtype: torch.dtype, load: Callable[..., Any]) -> Any:
     with _translate_load_errors(folder):
-        model, info = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True
+        model, info = load(
+            AutoModelForCausalLM, folder, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True
         )
     _require_no_missing_weights(folder, info["missing_keys"])
-    return model.to(_get_device())
+    return model
 
 
-def load_scorer(folder: Path, *, trained: bool = False) -> Any:
+def load_scorer(folder: Path, *, trained: bool = False, dtype: torch.dtype = torch.float32) -> Any:
     """Load a model that outputs one score. A missing head is initialized with zeros.
 
     With a head of zeros, every response has the same score. If `trained` is true, a missing head raises UsageError.
     """
+    return _move_to_device(_read_scorer(folder, dtype, sharding.load_model, trained=trained))
+
+
+def _read_scorer(folder: Path, dtype: torch.dtype, load: Callable[..., Any], *, trained: bool = False) -> Any:
     with _translate_load_errors(folder):
-        model, info = AutoModelForSequenceClassification.from_pretrained(
+        model, info = load(
+            AutoModelForSequenceClassification,
             folder,
             num_labels=1,
-            dtype=torch.float32,
+            dtype=dtype,
             use_safetensors=True,
             trust_remote_code=False,
             output_loading_info=True,
@@ -142,7 +165,12 @@ def load_scorer(folder: Path, *, trained: bool = False) -> Any:
     _require_no_missing_weights(folder, info["missing_keys"] if trained else set(info["missing_keys"]) - fresh)
     if fresh:
         torch.nn.init.zeros_(model.score.weight)
-    return model.to(_get_device())
+    return model
+
+
+def _move_to_device(model: Any) -> Any:
+    """Move a model to the GPU, if there is one. The parts of a sharded model are already there."""
+    return model if sharding.is_sharded(model) else model.to(_get_device())
 
 
 def _require_no_missing_weights(folder: Path, missing_keys: Iterable[str]) -> None:
@@ -211,24 +239,38 @@ def add_lora(model: Any, rank: int, task_type: str, modules_to_save: Sequence[st
         task_type=task_type,
         modules_to_save=list(modules_to_save) or None,
     )
-    return get_peft_model(model, config)
+    return _prepare_adapter(get_peft_model(model, config))
 
 
-def load_policy_for_rl(policy: Path, reference: Path, rank: int) -> tuple[Any, bool]:
+def _prepare_adapter(model: Any) -> Any:
+    """Make the trainable parameters fp32 in a model with adapters. If the base model is sharded, make them complete."""
+    base = model.get_base_model()
+    if sharding.is_sharded(base):
+        sharding.replace_trainable_parts(model)
+        model.base_model.forward = base.__call__  # peft would call base.forward, which does not gather weights
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    return model
+
+
+def load_policy_for_rl(policy: Path, reference: Path, rank: int, hardware: Hardware = DEFAULT_HARDWARE) -> tuple[Any, bool]:
     """Load the policy to train. Also return whether the policy with its adapter disabled is the reference.
 
     If an earlier update of this RL phase saved an adapter, training continues with this adapter. Until the next SFT update, the
     adapter keeps its rank.
     """
+    dtype = hardware.weights_dtype if rank else torch.float32
     if rank and policy == reference:
-        return add_lora(load_policy(reference), rank, "CAUSAL_LM"), True
+        return add_lora(load_policy(reference, dtype), rank, "CAUSAL_LM"), True
     if rank and has_adapter_for_reference(policy, reference):
         from peft import PeftModel
 
         with _translate_load_errors(policy / RL_FOLDER):
-            return PeftModel.from_pretrained(load_policy(reference), policy / RL_FOLDER, is_trainable=True), True
+            model = PeftModel.from_pretrained(load_policy(reference, dtype), policy / RL_FOLDER, is_trainable=True)
+        return _prepare_adapter(model), True
     # An update after the reference trained all weights. The policy without the new adapter is therefore not the reference.
-    return add_lora(load_policy(policy), rank, "CAUSAL_LM"), False
+    return add_lora(load_policy(policy, dtype), rank, "CAUSAL_LM"), False
 
 
 def has_adapter_for_reference(policy: Path, reference: Path) -> bool:
@@ -282,6 +324,46 @@ def prepare_for_training(model: Any, hardware: Hardware) -> Any:
 
 
 # Saving
+
+
+def gather_model(model: Any) -> Any:
+    """Return a trained model for saving: complete, and with fp32 weights. All processes of a learner call this function.
+
+    An adapter is put on weights that are read again, because a merge into bf16 weights would lose small steps. The result of a
+    sharded model is on the CPU of the main process. The other processes get the model that they have.
+    """
+    base = model.get_base_model() if has_adapter(model) else model
+    if not sharding.is_sharded(base) and base.dtype == torch.float32:
+        return model
+    sharding.release_gathered_weights(base)
+    if has_adapter(model):
+        return model if get_rank() else _read_with_adapter(model, base)
+    state = sharding.gather_state(base)
+    if get_rank():
+        return model
+    config = copy.deepcopy(base.config)
+    del config.distributed_config
+    with torch.device("meta"):
+        complete = type(base)(config)
+    complete.load_state_dict(state, assign=True)
+    complete.tie_weights()
+    if base.can_generate():
+        complete.generation_config = base.generation_config
+    return complete
+
+
+def _read_with_adapter(model: Any, base: Any) -> Any:
+    """Return the adapter of a model on complete fp32 weights that are read from the folder of its base model."""
+    from peft import PeftModel
+
+    folder = Path(base.name_or_path)
+    read = _read_policy if base.can_generate() else _read_scorer
+    # With the weights of the base model, peft would gather them from all processes.
+    adapter = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    with tempfile.TemporaryDirectory() as adapter_folder:
+        model.save_pretrained(adapter_folder, selected_adapters=["default"], state_dict=adapter)
+        complete = read(folder, torch.float32, lambda auto_class, *a, **named: auto_class.from_pretrained(*a, **named))
+        return PeftModel.from_pretrained(complete, adapter_folder)
 
 
 def make_saver(model: Any, tokenizer: Any) -> Callable[[Path], None]:

@@ -250,6 +250,15 @@ def test_errors_have_three_lines(tmp_path, arguments, code, expected):
     assert result.stderr.startswith("error: ") and len(result.stderr.splitlines()) == 3, result.stderr
 
 
+def test_memory_of_an_update_is_estimated_without_a_log(tiny, tmp_path):
+    """A model on a server has no row in the table, and the command says so."""
+    for policy, expected in ((tiny, []), ("http://127.0.0.1:9/v1#m", ["http://127.0.0.1:9/v1#m is not in the table"])):
+        result = run_charter("train", "--estimate-memory", "--data", tmp_path / "none", "--set", f"models.policy={policy}")
+        titles = {line.split()[0] for line in result.stdout.splitlines()}
+        assert result.returncode == 0 and titles == {"model", "1B", "8B", "70B", "GiB", *([] if expected else [tiny.name])}
+        assert all(text in result.stderr for text in expected) and not (tmp_path / "none").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [

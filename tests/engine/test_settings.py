@@ -118,6 +118,15 @@ def test_committed_settings_file_is_up_to_date():
     )
 
 
+def test_weights_in_bf16_are_only_frozen_ones():
+    with pytest.raises(UsageError, match=r"train\.base_dtype cannot be .bf16.(.|\n)*train\.lora_rank is 0"):
+        load_settings({"train.base_dtype": "bf16"}, environment={})
+    flags = {"train.base_dtype": "bf16", "train.lora_rank": "8"}
+    assert load_settings(flags, environment={})[0].train.base_dtype == "bf16"
+    with pytest.raises(UsageError, match=r"train\.precision is fp32"):
+        load_settings(flags | {"train.precision": "fp32"}, environment={})
+
+
 def test_thinking_budget_needs_a_judge_that_writes():
     with pytest.raises(UsageError, match=r"judge\.max_thinking_tokens cannot be .100.(.|\n)*reasoning or letter"):
         load_settings({"judge.max_thinking_tokens": "100"}, environment={})

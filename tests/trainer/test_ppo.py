@@ -361,7 +361,7 @@ def test_lora_update_loads_the_reference_and_the_last_adapter_only(tiny, tmp_pat
     with weights.disable_adapter(actor.policy):
         assert torch.allclose(ppo.compute_logprobs_and_values(actor, rollouts, 8)[0], off, atol=1e-6)
     loaded, load = [], weights.load_policy
-    monkeypatch.setattr(weights, "load_policy", lambda folder: loaded.append(folder) or load(folder))
+    monkeypatch.setattr(weights, "load_policy", lambda folder, *a: loaded.append(folder) or load(folder, *a))
     steps = []
     trained, _ = train(second, tiny, rollouts, list(range(16)), FAST, lora_rank=8, on_step=lambda n, m: steps.append(m))
     assert loaded == [tiny]

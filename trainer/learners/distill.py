@@ -54,7 +54,7 @@ import torch
 
 from engine.errors import TrainingFailed, UsageError
 from engine.models.control_tokens import find_end_token_id
-from trainer import distributed, weights
+from trainer import distributed, sharding, weights
 from trainer.hf import StepCallback, compute_learning_rate_factor, ignore_step, require_finite
 from trainer.learners.policy_math import (
     estimate_policy_kl,
@@ -64,6 +64,7 @@ from trainer.learners.policy_math import (
     require_within_kl_limits,
 )
 from trainer.learners.rollouts import (
+    PaddedRollouts,
     PolicyModel,
     Rollout,
     TrainedPolicy,
@@ -215,7 +216,7 @@ def compute_all_states(model: PolicyModel, rollouts: Sequence[Rollout]) -> list[
     cache = None
     if model.supports_prefix and (prefix := find_common_prefix(rollouts)):
         with model.hardware.autocast():
-            cache = model.compute_prefix(prefix)
+            cache = model.run(model.compute_prefix, prefix)
         rollouts = [remove_prefix(rollout, prefix) for rollout in rollouts]
     states = [torch.empty(0)] * len(rollouts)
     for rows in make_micro_batches(rollouts, range(len(rollouts)), model.hardware.micro_batch_size):
@@ -225,7 +226,7 @@ def compute_all_states(model: PolicyModel, rollouts: Sequence[Rollout]) -> list[
         if row_cache is not None:
             row_cache.batch_repeat_interleave(len(rows))
         with model.hardware.autocast():
-            parts = model.compute_states_after(padded, row_cache).split(lengths)
+            parts = model.run(model.compute_states_after, padded, row_cache).split(lengths)
         for row, part in zip(rows, parts, strict=True):
             states[row] = part
     return states
@@ -237,19 +238,21 @@ def compute_teacher_targets(
 ) -> tuple[TeacherTargets, dict[str, float]]:
     """Run the reference policy `model` with the constitution in its prompts. Return the targets and the effect of the teacher."""
     states = compute_all_states(model, [example.teacher_rollout for example in examples])
-    effect = _measure_teacher_effect(model, examples, states)
+    lm_head = sharding.copy_gathered_module(model.lm_head) if sharding.is_sharded(model.root) else model.lm_head
+    output_layer = _OutputLayer(lm_head, model.logit_softcap, model.hardware)
+    effect = _measure_teacher_effect(model, output_layer, examples, states)
     if not 0 < config.top_k < model.config.vocab_size - 1:
-        return TeacherTargets(_OutputLayer(model.lm_head, model.logit_softcap, model.hardware), states), effect
+        return TeacherTargets(output_layer, states), effect
     supports, logprobs = [], []
     for example, row_states in zip(examples, states, strict=True):
-        row_logprobs = _compute_distributions(model, row_states, example.rollout.temperature)
+        row_logprobs = _compute_distributions(output_layer, row_states, example.rollout.temperature)
         supports.append(select_support(row_logprobs, config.top_k, end_token_id))
         logprobs.append(project_on_support(row_logprobs, supports[-1]))
     return TeacherTargets(None, supports=supports, logprobs=logprobs), effect
 
 
 def _measure_teacher_effect(
-    model: PolicyModel, examples: Sequence[DistillExample], states: Sequence[torch.Tensor]
+    model: PolicyModel, output_layer: _OutputLayer, examples: Sequence[DistillExample], states: Sequence[torch.Tensor]
 ) -> dict[str, float]:
     """Return how much the constitution in the prompt changes the reference policy, on some of the completions.
 
@@ -261,7 +264,7 @@ def _measure_teacher_effect(
     kl, num_changed, num_tokens = 0.0, 0, 0
     for i, row_states in zip(indices, plain_states, strict=True):
         for parts in zip(states[i].split(_CHUNK_TOKENS), row_states.split(_CHUNK_TOKENS), strict=True):
-            teacher, plain = (_compute_distributions(model, part, examples[i].rollout.temperature) for part in parts)
+            teacher, plain = (_compute_distributions(output_layer, part, examples[i].rollout.temperature) for part in parts)
             kl += float(compute_kl(teacher, plain).sum())
             num_changed += int((teacher.argmax(-1) != plain.argmax(-1)).sum())
         num_tokens += len(row_states)
@@ -346,10 +349,13 @@ def train(
         require_teacher_effect(effect, config)
         return targets, effect, _get_logprobs(model, rollouts, reference_version, length)
 
+    def load_reference() -> PolicyModel:
+        return PolicyModel(weights.load_policy(reference_folder, hardware.weights_dtype), hardware, _TITLE)
+
     if not is_reference and not has_reference_adapter:
-        teacher, effect, ref_logprobs = run_reference(PolicyModel(weights.load_policy(reference_folder), hardware, _TITLE))
+        teacher, effect, ref_logprobs = run_reference(load_reference())
         gc.collect()
-    policy, disabled_is_reference = weights.load_policy_for_rl(policy_folder, reference_folder, lora_rank)
+    policy, disabled_is_reference = weights.load_policy_for_rl(policy_folder, reference_folder, lora_rank, hardware)
     model = PolicyModel(policy, hardware, _TITLE)
     if disabled_is_reference:
         with weights.disable_adapter(policy):
@@ -367,6 +373,7 @@ def train(
     require_within_kl_limits(kls, config, "distill")
     metrics = _optimize_policy(model, rollouts, batch, config, seed, lora_rank, on_step)
     metrics |= effect | summarize_completions(rollouts) | {"kl_rollouts": kls["kl_ref"], "rollouts": float(len(rollouts))}
+    policy = weights.gather_model(policy)
     save = weights.make_rl_saver(policy, tokenizer, None, reference_folder if disabled_is_reference else None)
     return TrainedPolicy(policy, tokenizer, save), metrics
 
@@ -431,8 +438,8 @@ def _optimize_policy(
         rng.shuffle(order)
         for start in range(0, len(order), config.batch_size):
             metrics = _accumulate_gradients(model, rollouts, order[start : start + config.batch_size], batch, config)
-            distributed.all_reduce_gradients(parameters)
-            metrics["grad_norm"] = float(torch.nn.utils.clip_grad_norm_(parameters, _MAX_GRAD_NORM))
+            sharding.all_reduce_gradients(parameters)
+            metrics["grad_norm"] = sharding.clip_gradients(parameters, _MAX_GRAD_NORM)
             require_finite(step + 1, metrics)
             recent_kls.append(metrics["kl_update"])
             metrics["kl_update"] = sum(recent_kls) / len(recent_kls)
@@ -461,35 +468,53 @@ def _accumulate_gradients(
     """
     num_tokens = float(sum(len(rollouts[i].token_ids) for i in indices))
     sums: dict[str, float] = {}
-    for rows in model.make_micro_batches(rollouts, distributed.shard_rows(indices)):
+    for rows in model.iterate_shard(rollouts, indices):
         padded = model.pad_rollouts([rollouts[i] for i in rows], batch.old_logprobs.shape[1])
-        is_token = padded.completion_mask.bool()
-        token_ids, temperatures = padded.completion_ids[is_token], padded.temperatures[is_token.nonzero()[:, 0], None]
-        teacher = batch.teacher.select_rows(rows)
-        old_logprobs, ref_logprobs = (x[rows][is_token] for x in (batch.old_logprobs, batch.ref_logprobs))
-        base_logprobs = None if batch.base_logprobs is None else batch.base_logprobs[rows][is_token]
-        with model.hardware.autocast():
-            states = model.compute_completion_states(padded)
-        # The gradient of each chunk ends at these states. The gradients of all chunks then continue into the trunk at once.
-        leaf = states.detach().requires_grad_()
-        for start in range(0, len(leaf), _CHUNK_TOKENS):
-            chunk = slice(start, start + _CHUNK_TOKENS)
-            student = _compute_distributions(model, leaf[chunk], temperatures[chunk])
-            divergence = teacher.compare(chunk, student, temperatures[chunk], config)
-            (divergence.sum() / num_tokens).backward()
-            with torch.no_grad():
-                logp = student.gather(-1, token_ids[chunk, None])[:, 0]
-                token_metrics = {
-                    "loss": divergence.detach(),
-                    "entropy": -(student.exp() * student).sum(-1),
-                    "kl_update": estimate_update_kl(old_logprobs[chunk], logp),
-                    "kl_ref": estimate_policy_kl(logp, ref_logprobs[chunk], old_logprobs[chunk]),
-                }
-                if base_logprobs is not None:
-                    token_metrics["kl_base"] = estimate_policy_kl(logp, base_logprobs[chunk], old_logprobs[chunk])
-            for name, value in token_metrics.items():
-                sums[name] = sums.get(name, 0.0) + float(value.sum())
-        states.backward(leaf.grad)
+        states, gradient = model.run(_compute_states_and_gradient, model, padded, rows, batch, config, num_tokens, sums)
+        states.backward(gradient)
     sums = distributed.sum_over_processes(sums)
     per_token = {"loss", "entropy"}
     return {name: total / (num_tokens if name in per_token else len(indices)) for name, total in sums.items()}
+
+
+def _compute_states_and_gradient(
+    model: PolicyModel,
+    padded: PaddedRollouts,
+    rows: Sequence[int],
+    batch: _DistillBatch,
+    config: DistillConfig,
+    num_tokens: float,
+    sums: dict[str, float],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the hidden states (tokens, H) of a micro-batch and the gradient of the loss with respect to them.
+
+    Accumulate the gradients of the output layer, and add the metrics to `sums`. The gradient of each chunk ends at the states.
+    The caller continues the gradients of all chunks into the trunk at once.
+    """
+    is_token = padded.completion_mask.bool()
+    token_ids, temperatures = padded.completion_ids[is_token], padded.temperatures[is_token.nonzero()[:, 0], None]
+    teacher = batch.teacher.select_rows(rows)
+    old_logprobs, ref_logprobs = (x[rows][is_token] for x in (batch.old_logprobs, batch.ref_logprobs))
+    base_logprobs = None if batch.base_logprobs is None else batch.base_logprobs[rows][is_token]
+    with model.hardware.autocast():
+        states = model.compute_completion_states(padded)
+    leaf = states.detach().requires_grad_()
+    for start in range(0, len(leaf), _CHUNK_TOKENS):
+        chunk = slice(start, start + _CHUNK_TOKENS)
+        student = _compute_distributions(model, leaf[chunk], temperatures[chunk])
+        divergence = teacher.compare(chunk, student, temperatures[chunk], config)
+        (divergence.sum() / num_tokens).backward()
+        with torch.no_grad():
+            logp = student.gather(-1, token_ids[chunk, None])[:, 0]
+            token_metrics = {
+                "loss": divergence.detach(),
+                "entropy": -(student.exp() * student).sum(-1),
+                "kl_update": estimate_update_kl(old_logprobs[chunk], logp),
+                "kl_ref": estimate_policy_kl(logp, ref_logprobs[chunk], old_logprobs[chunk]),
+            }
+            if base_logprobs is not None:
+                token_metrics["kl_base"] = estimate_policy_kl(logp, base_logprobs[chunk], old_logprobs[chunk])
+        for name, value in token_metrics.items():
+            sums[name] = sums.get(name, 0.0) + float(value.sum())
+    assert leaf.grad is not None, "a micro-batch has tokens"
+    return states, leaf.grad

@@ -27,11 +27,16 @@ from typing import Any
 
 import torch
 from trl import DPOConfig, DPOTrainer
+from trl.trainer import dpo_trainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from engine.models.chat_template import encode_completion, encode_prompt
-from trainer import hf, weights
+from trainer import hf, sharding, weights
 from trainer.learners.reward import PreferenceExample, compute_soft_label_loss, require_two_sided_labels, split_held_out
+
+# trl hashes all weights to find the log-probabilities of the reference in its cache, which Charter does not use. It cannot hash
+# sharded weights.
+dpo_trainer.hash_module = lambda model: ""
 
 
 class _SoftLabelDPOTrainer(DPOTrainer):
@@ -59,6 +64,7 @@ class _SoftLabelDPOTrainer(DPOTrainer):
             inputs = {key: value.to(model.device) for key, value in inputs.items() if key != "p_a"}
             for column, logps in zip((chosen, rejected), self.compute_ref_log_probs(model, inputs), strict=True):
                 column.extend(logps.float().tolist())
+        sharding.release_gathered_weights(model)
         return dataset.add_column("ref_chosen_logps", chosen).add_column("ref_rejected_logps", rejected)
 
     def compute_loss(
@@ -142,7 +148,7 @@ def train(
     train_examples, held_out = split_held_out(examples)
     tokenizer = weights.load_tokenizer(policy_folder)
     torch.manual_seed(seed)  # initializes the LoRA matrices
-    model, disabled_is_reference = weights.load_policy_for_rl(policy_folder, reference_folder, lora_rank)
+    model, disabled_is_reference = weights.load_policy_for_rl(policy_folder, reference_folder, lora_rank, hardware)
     reference = None if disabled_is_reference or policy_folder == reference_folder else weights.load_policy(reference_folder)
     with tempfile.TemporaryDirectory() as output:
         config = DPOConfig(
@@ -171,7 +177,8 @@ def train(
         trainer.ref_model = reference = None
         metrics = hf.run_trainer(trainer, on_step)
         metrics |= _evaluate_held_out(trainer) if held_out else {}
-    save = weights.make_rl_saver(trainer.model, tokenizer, None, reference_folder if disabled_is_reference else None)
+    policy = weights.gather_model(trainer.model)
+    save = weights.make_rl_saver(policy, tokenizer, None, reference_folder if disabled_is_reference else None)
     return save, metrics | {"examples": float(len(train_examples)), "held_out": float(len(held_out))}
 
 

@@ -78,7 +78,7 @@ import torch
 import torch.nn.functional as F
 
 from engine.errors import TrainingFailed
-from trainer import distributed, weights
+from trainer import distributed, sharding, weights
 from trainer.hf import IGNORE_INDEX, StepCallback, compute_learning_rate_factor, ignore_step, require_finite
 from trainer.learners.policy_math import (
     adapt_beta,
@@ -246,12 +246,16 @@ class ActorCritic(PolicyModel):
 
         All three have shape (B, T_completion).
         """
-        hidden = self.compute_completion_states(batch)
-        logp, entropies = self.compute_token_logprobs(batch, hidden, entropy=entropy)
-        # Autocast would round a matrix product to bf16. The three digits of bf16 are too few for the value loss. The product is
-        # therefore computed with a multiplication and a sum.
-        values = (hidden.float() * self.value_head.weight[0]).sum(-1) + self.value_head.bias
-        return batch.scatter(logp), batch.scatter(values), batch.scatter(entropies)
+
+        def compute() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+            hidden = self.compute_completion_states(batch)
+            logp, entropies = self.compute_token_logprobs(batch, hidden, entropy=entropy)
+            # Autocast would round a matrix product to bf16. The three digits of bf16 are too few for the value loss. The product
+            # is therefore computed with a multiplication and a sum.
+            values = (hidden.float() * self.value_head.weight[0]).sum(-1) + self.value_head.bias
+            return batch.scatter(logp), batch.scatter(values), batch.scatter(entropies)
+
+        return self.run(compute)
 
 
 @torch.no_grad()
@@ -262,10 +266,12 @@ def compute_logprobs_and_values(
     device = actor.value_head.weight.device
     logp = torch.zeros(len(rollouts), completion_length, device=device)
     values = torch.zeros_like(logp)
-    for rows in actor.make_micro_batches(rollouts, range(len(rollouts))):
+    for rows in actor.iterate_shard(rollouts, range(len(rollouts))):
         with actor.hardware.autocast():
             row_logp, row_values, _ = actor(actor.pad_rollouts([rollouts[i] for i in rows], completion_length))
         logp[rows], values[rows] = row_logp, row_values
+    distributed.all_reduce_sum(logp)  # each process has computed its rows
+    distributed.all_reduce_sum(values)
     return logp, values
 
 
@@ -316,7 +322,7 @@ def train(
     base_logprobs, ref_logprobs = compute_other_logprobs(
         policy_folder, reference_folder, base_folder, rollouts, completion_length, lora_rank=lora_rank, hardware=hardware
     )
-    policy, disabled_is_reference = weights.load_policy_for_rl(policy_folder, reference_folder, lora_rank)
+    policy, disabled_is_reference = weights.load_policy_for_rl(policy_folder, reference_folder, lora_rank, hardware)
     actor = ActorCritic(policy, hardware)
     if value_head := weights.load_value_head(policy_folder):
         actor.value_head.load_state_dict(value_head)
@@ -343,7 +349,7 @@ def train(
         "importance_mean": float(masked_mean(batch.importance_weights, batch.mask)),
         "completion_tokens": float(batch.mask.sum()),
     }
-    tokenizer = weights.load_tokenizer(policy_folder)
+    tokenizer, policy = weights.load_tokenizer(policy_folder), weights.gather_model(policy)
     adapter_reference = reference_folder if disabled_is_reference else None
     save = weights.make_rl_saver(policy, tokenizer, actor.value_head.state_dict(), adapter_reference)
     return TrainedPolicy(policy, tokenizer, save), metrics
@@ -444,8 +450,8 @@ def _optimize_policy(
             if sl_rows:
                 minibatch = [sl_rows[(start + i) % len(sl_rows)] for i in range(len(indices))]
                 metrics["sl_loss"] = _accumulate_sl_gradients(actor, minibatch)
-            distributed.all_reduce_gradients(parameters)
-            metrics["grad_norm"] = float(torch.nn.utils.clip_grad_norm_(parameters, _MAX_GRAD_NORM))
+            sharding.all_reduce_gradients(parameters)
+            metrics["grad_norm"] = sharding.clip_gradients(parameters, _MAX_GRAD_NORM)
             require_finite(step + 1, metrics)
             recent_kls.append(metrics["kl_update"])
             metrics["kl_update"] = sum(recent_kls) / len(recent_kls)
@@ -481,7 +487,7 @@ def _accumulate_rl_gradients(
     num_tokens = float(batch.mask[indices].sum())
     sums: dict[str, float] = {}
     ratio_max = 0.0
-    for rows in actor.make_micro_batches(rollouts, distributed.shard_rows(indices)):
+    for rows in actor.iterate_shard(rollouts, indices):
         mask, old_logprobs = batch.mask[rows], batch.old_logprobs[rows]
         with actor.hardware.autocast():
             logp, values, entropy = actor(actor.pad_rollouts([rollouts[i] for i in rows], mask.shape[1]), entropy=True)
@@ -525,10 +531,12 @@ def _accumulate_sl_gradients(actor: ActorCritic, rows: Sequence[dict[str, list[i
     """Accumulate the gradients of the supervised loss (token mean) of one minibatch. Return the loss."""
     num_tokens = sum(label != IGNORE_INDEX for row in rows for label in row["labels"][1:])
     total, size, shard = 0.0, actor.hardware.micro_batch_size, distributed.shard_rows(rows)
-    for start in range(0, len(shard), size):
+    starts = range(0, len(shard), size)
+    for start in starts:
         loss = compute_sl_loss(actor, shard[start : start + size]) / max(1, num_tokens)
         loss.backward()
         total += float(loss.detach())
+    actor.run_empty_passes(len(rows), len(starts))
     return distributed.sum_over_processes({"sl": total})["sl"]
 
 
@@ -543,5 +551,5 @@ def compute_sl_loss(actor: ActorCritic, rows: Sequence[dict[str, list[int]]]) ->
     ids, labels = pad("input_ids", 0), pad("labels", IGNORE_INDEX)[:, 1:]
     is_target = labels != IGNORE_INDEX
     with actor.hardware.autocast():
-        logits = actor.compute_logits(actor.compute_hidden_states(ids)[:, :-1][is_target])
+        logits = actor.run(lambda: actor.compute_logits(actor.compute_hidden_states(ids)[:, :-1][is_target]))
     return F.cross_entropy(logits, labels[is_target], reduction="sum")

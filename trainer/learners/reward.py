@@ -41,7 +41,7 @@ from engine.models.chat_template import encode_completion, encode_prompt
 from engine.statistics import Z_SCORE_95, compute_calibration_error, compute_correlation
 from engine.text import format_count
 from schemas.records import ChatMessage
-from trainer import hf, weights
+from trainer import distributed, hf, sharding, weights
 
 logger = logging.getLogger("charter.trainer")
 _NORMALIZATION_FILE = "reward.json"
@@ -179,7 +179,12 @@ def train(
             on_step(previous_steps + step, metrics)
 
         scorer, metrics = _train_member(
-            load_initial_scorer(folder, index, seed if ensemble_size > 1 else None),
+            load_initial_scorer(
+                folder,
+                index,
+                seed if ensemble_size > 1 else None,
+                dtype=hardware.weights_dtype if lora_rank else torch.float32,
+            ),
             rows,
             tokenizer,
             training_arguments={
@@ -202,6 +207,8 @@ def train(
     if agreed_before is not None:
         require_no_regression(agreed_before, agreed)
     check_against_chance(int(agreed.sum()), len(agreed), require=require_above_chance)
+    for member in model.members:
+        member.model = weights.gather_model(member.model)
     return model, metrics
 
 
@@ -301,7 +308,7 @@ def _encode_pair(tokenizer: Any, example: PreferenceExample, max_length: int) ->
     return {"chosen_ids": chosen, "rejected_ids": rejected, "p_a": example.p_a, "length": longest}
 
 
-def load_initial_scorer(folder: Path, member_index: int, seed: int | None) -> Any:
+def load_initial_scorer(folder: Path, member_index: int, seed: int | None, *, dtype: torch.dtype = torch.float32) -> Any:
     """Load the scorer that an ensemble member starts from.
 
     If there is a checkpoint, the member starts from the same member of the last checkpoint. Otherwise, the member starts from
@@ -311,12 +318,12 @@ def load_initial_scorer(folder: Path, member_index: int, seed: int | None) -> An
     trained = (folder / _NORMALIZATION_FILE).exists()
     member_folder = _get_member_folder(folder, member_index)
     if trained and member_folder.exists():
-        return weights.load_scorer(member_folder, trained=True)
-    scorer = weights.load_scorer(folder)
+        return weights.load_scorer(member_folder, trained=True, dtype=dtype)
+    scorer = weights.load_scorer(folder, dtype=dtype)
     if seed is not None:
         generator = torch.Generator().manual_seed(seed + member_index)
         scale = scorer.config.get_text_config().initializer_range
-        scorer.score.weight.data.copy_(torch.randn(scorer.score.weight.shape, generator=generator) * scale)
+        sharding.copy_to_parameter(scorer.score.weight, torch.randn(scorer.score.weight.shape, generator=generator) * scale)
     return scorer
 
 
@@ -338,7 +345,7 @@ def _train_member(
     lora_rank: int,
     on_step: hf.StepCallback,
 ) -> tuple[Any, dict[str, float]]:
-    """Train one scorer with trl. Return the scorer with its adapters merged, and its metrics."""
+    """Train one scorer with trl. Return the scorer and its metrics."""
     torch.manual_seed(training_arguments["seed"])  # initializes the LoRA matrices
     pad = _set_unused_pad_token(scorer, [row[side] for row in rows for side in ("chosen_ids", "rejected_ids")])
     model = weights.add_lora(scorer, lora_rank, "SEQ_CLS", modules_to_save=["score"])
@@ -359,7 +366,7 @@ def _train_member(
         )
         trainer.center_rewards_coefficient, trainer.pad_token_id = center_rewards_coefficient, pad
         metrics = hf.run_trainer(trainer, on_step)
-    return weights.merge_adapter(trainer.model), metrics
+    return trainer.model, metrics
 
 
 def _set_unused_pad_token(model: Any, sequences: Sequence[Sequence[int]]) -> int:
@@ -423,7 +430,8 @@ class RewardModel:
                 with self.hardware.autocast():
                     logits = member.model(**{key: value.to(member.model.device) for key, value in inputs.items()}).logits
                 scores[index, chunk] = logits.squeeze(-1).float().cpu()
-        return scores
+            sharding.release_gathered_weights(member.model)
+        return distributed.broadcast_from_main(scores)
 
     def combine_member_scores(self, member_scores: torch.Tensor) -> torch.Tensor:
         """Combine the members' scores (members, N) into one score per response (N,)."""
@@ -563,3 +571,19 @@ def load_reward_model(
         for index, statistics in enumerate(member_statistics)
     ]
     return RewardModel(members, weights.load_tokenizer(folder), penalty, mean, deviation, max_length, hardware)
+
+
+def score_responses(
+    folder: Path,
+    responses: Sequence[tuple[Sequence[ChatMessage], str, bool]],
+    *,
+    policy: Path,
+    hardware: weights.Hardware = weights.DEFAULT_HARDWARE,
+) -> tuple[list[float], list[float]]:
+    """Load a reward model. Return its score and its normalized score of each (messages, response, ends_with_eos).
+
+    Raise UsageError as `load_reward_model` does.
+    """
+    model = load_reward_model(folder, hardware, policy=policy)
+    scores = model.score(responses)
+    return scores, model.normalize(scores)

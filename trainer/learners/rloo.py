@@ -35,7 +35,7 @@ from typing import Literal
 
 import torch
 
-from trainer import distributed, weights
+from trainer import distributed, sharding, weights
 from trainer.hf import StepCallback, compute_learning_rate_factor, ignore_step, require_finite
 from trainer.learners.policy_math import (
     adapt_beta,
@@ -159,7 +159,7 @@ def train(
         "completion_tokens": float(batch.mask.sum()),
     }
     tokenizer = weights.load_tokenizer(policy_folder)
-    policy = models.model.policy
+    policy = weights.gather_model(models.model.policy)
     save = weights.make_rl_saver(policy, tokenizer, None, reference_folder if models.disabled_is_reference else None)
     return TrainedPolicy(policy, tokenizer, save), metrics
 
@@ -222,8 +222,8 @@ def _optimize_policy(
         rng.shuffle(order)
         for start in range(0, len(order), config.batch_size):
             metrics = _accumulate_gradients(model, rollouts, order[start : start + config.batch_size], batch, config)
-            distributed.all_reduce_gradients(parameters)
-            metrics["grad_norm"] = float(torch.nn.utils.clip_grad_norm_(parameters, _MAX_GRAD_NORM))
+            sharding.all_reduce_gradients(parameters)
+            metrics["grad_norm"] = sharding.clip_gradients(parameters, _MAX_GRAD_NORM)
             require_finite(step + 1, metrics)
             recent_kls.append(metrics["kl_update"])
             metrics["kl_update"] = sum(recent_kls) / len(recent_kls)
@@ -254,7 +254,7 @@ def _accumulate_gradients(
     num_tokens = float(batch.mask[indices].sum())
     sums: dict[str, float] = {}
     ratio_max = 0.0
-    for rows in model.make_micro_batches(rollouts, distributed.shard_rows(indices)):
+    for rows in model.iterate_shard(rollouts, indices):
         mask, old_logprobs, ref_logprobs = batch.mask[rows], batch.old_logprobs[rows], batch.ref_logprobs[rows]
         with model.hardware.autocast():
             logp, entropy = model(model.pad_rollouts([rollouts[i] for i in rows], mask.shape[1]), entropy=True)

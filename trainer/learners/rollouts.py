@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import takewhile
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from engine.errors import UsageError
-from trainer import weights
+from trainer import distributed, sharding, weights
 from trainer.learners.policy_math import entropy_from_logits, logprobs_from_logits
 from trainer.weights import Hardware
 
+T = TypeVar("T")
 _MIN_PREFIX_TOKENS = 16  # a shorter common prefix is not worth a separate forward pass
 
 
@@ -137,7 +139,8 @@ class PolicyModel(torch.nn.Module):
         super().__init__()
         self.policy, self.hardware = weights.prepare_for_training(policy, hardware), hardware
         base = policy.get_base_model() if weights.has_adapter(policy) else policy
-        self.device = base.device
+        sharding.sum_gradients_in_backward(base)
+        self.root, self.device = base, base.device
         self.backbone = getattr(base, base.base_model_prefix)
         self.lm_head = base.get_output_embeddings()
         self.config = base.config.get_text_config()
@@ -145,9 +148,31 @@ class PolicyModel(torch.nn.Module):
         self.require_plain_logits(base, title)
         self.supports_prefix = self._check_prefix()
 
-    def make_micro_batches(self, rollouts: Sequence[Rollout], indices: Sequence[int]) -> list[list[int]]:
-        """Split rows into micro-batches for this model and this hardware."""
-        return make_micro_batches(rollouts, indices, self.hardware.micro_batch_size, share_prefix=self.supports_prefix)
+    def run(self, function: Callable[..., T], *arguments: Any, **named: Any) -> T:
+        """Call a function that calls layers of the policy. The layers of a sharded policy work only inside this call."""
+        return sharding.run_in_root(self.root, function, *arguments, **named)
+
+    def iterate_shard(self, rollouts: Sequence[Rollout], indices: Sequence[int]) -> Iterator[list[int]]:
+        """Yield the micro-batches of this process's share of some rows.
+
+        If another process has more micro-batches, run the missing passes without rows.
+        """
+        share = distributed.shard_rows(indices)
+        batches = make_micro_batches(rollouts, share, self.hardware.micro_batch_size, share_prefix=self.supports_prefix)
+        yield from batches
+        self.run_empty_passes(len(indices), len(batches))
+
+    def run_empty_passes(self, num_rows: int, num_passes: int) -> None:
+        """Run passes of weight 0 until this process has as many passes as the process with most of `num_rows` rows.
+
+        With gradients, a pass has a backward pass. `num_passes` is the number of passes so far.
+        """
+        most = math.ceil(math.ceil(num_rows / distributed.get_num_shards()) / self.hardware.micro_batch_size)
+        for _ in range(most - num_passes):
+            with self.hardware.autocast():
+                logp, *_ = self(pad_rollouts([Rollout((0,), (0,), (0.0,), False, 0, "")], 1, self.device))
+            if torch.is_grad_enabled():
+                (0.0 * logp).sum().backward()
 
     def pad_rollouts(self, rollouts: Sequence[Rollout], completion_length: int) -> PaddedRollouts:
         """Convert rollouts to padded tensors on the device of this model."""
@@ -192,11 +217,13 @@ class PolicyModel(torch.nn.Module):
         """Return whether the model computes the same states if the beginning of a prompt is computed first, as a prefix.
 
         The layers of some models (sliding windows, recurrence) have other caches, and some models have no layers with a cache at all.
-        With gradient checkpointing there is no cache. Such a model computes a common prefix again for each rollout.
+        With gradient checkpointing there is no cache. A sharded layer must not be called twice before its backward pass: the last
+        layer's output for a prefix is not used, so FSDP2 would not gather the weights for its backward pass. Such a model computes
+        a common prefix again for each rollout.
         """
         has_layers = hasattr(self.config, "num_hidden_layers")
         is_plain = has_layers and all(type(layer) is DynamicLayer for layer in DynamicCache(config=self.config).layers)
-        if not is_plain or self.hardware.gradient_checkpointing:
+        if not is_plain or self.hardware.gradient_checkpointing or sharding.is_sharded(self.root):
             return False
         ids = tuple(1 + n % 3 for n in range(_MIN_PREFIX_TOKENS + 1))
         samples = [Rollout(ids, ids[:n], (0.0,) * n, False, 0, "") for n in (3, 4)]
@@ -224,8 +251,12 @@ class PolicyModel(torch.nn.Module):
 
     def forward(self, batch: PaddedRollouts, *, entropy: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the log-probability of each completion token and the entropy. Both have shape (B, T_completion)."""
-        logp, entropies = self.compute_token_logprobs(batch, self.compute_completion_states(batch), entropy=entropy)
-        return batch.scatter(logp), batch.scatter(entropies)
+
+        def compute() -> tuple[torch.Tensor, torch.Tensor]:
+            logp, entropies = self.compute_token_logprobs(batch, self.compute_completion_states(batch), entropy=entropy)
+            return batch.scatter(logp), batch.scatter(entropies)
+
+        return self.run(compute)
 
     @torch.no_grad()
     def require_plain_logits(self, base_model: Any, title: str) -> None:
@@ -234,11 +265,10 @@ class PolicyModel(torch.nn.Module):
         For such a model, all probabilities would be wrong.
         """
         ids = torch.tensor([[1, 2, 3]], device=base_model.device)
-        if not torch.allclose(
-            self.compute_logits(self.compute_hidden_states(ids)),
-            base_model(input_ids=ids, use_cache=False).logits.float(),
-            atol=1e-3,
-        ):
+        found = self.run(lambda: self.compute_logits(self.compute_hidden_states(ids)))
+        expected = base_model(input_ids=ids, use_cache=False).logits.float()
+        sharding.release_gathered_weights(base_model)
+        if not torch.allclose(found, expected, atol=1e-3):
             raise UsageError(
                 f"{title} cannot train a {base_model.config.model_type}",
                 "its logits are not the outputs of its output layer",
@@ -250,9 +280,10 @@ class PolicyModel(torch.nn.Module):
 def compute_logprobs(model: PolicyModel, rollouts: Sequence[Rollout], completion_length: int) -> torch.Tensor:
     """Return the log-probabilities (N, completion_length) of all rollouts."""
     logp = torch.zeros(len(rollouts), completion_length, device=model.device)
-    for rows in model.make_micro_batches(rollouts, range(len(rollouts))):
+    for rows in model.iterate_shard(rollouts, range(len(rollouts))):
         with model.hardware.autocast():
             logp[rows], _ = PolicyModel.forward(model, model.pad_rollouts([rollouts[i] for i in rows], completion_length))
+    distributed.all_reduce_sum(logp)  # each process has computed its rows
     return logp
 
 
@@ -263,7 +294,7 @@ def compute_model_logprobs(
 
     The model is loaded for this computation and then released.
     """
-    model = PolicyModel(weights.load_policy(folder), hardware)
+    model = PolicyModel(weights.load_policy(folder, hardware.weights_dtype), hardware)
     logp = compute_logprobs(model, rollouts, completion_length)
     del model
     gc.collect()
@@ -326,7 +357,7 @@ def load_rl_models(
     base_logprobs, ref_logprobs = compute_other_logprobs(
         policy_folder, reference_folder, base_folder, rollouts, length, lora_rank=lora_rank, hardware=hardware
     )
-    policy, disabled_is_reference = weights.load_policy_for_rl(policy_folder, reference_folder, lora_rank)
+    policy, disabled_is_reference = weights.load_policy_for_rl(policy_folder, reference_folder, lora_rank, hardware)
     model = PolicyModel(policy, hardware, title)
     if skip_policy:
         old_logprobs = torch.zeros(len(rollouts), length, device=model.device)
