@@ -3,7 +3,6 @@
 import json
 from contextlib import contextmanager
 
-
 from charter.connect import connect_bus, open_store
 from charter.lake.claims import LakeAddress
 from charter.lake.export import export_lake, verify_lake
@@ -30,7 +29,7 @@ class LakeSource(Deployment):
         bus = connect_bus(settings)
         bus.publish([*map(to_producer_record, records), *(ProducerRecord("prompts", b"key", value) for value in raw)])
         sink = Sink(bus, open_store(settings), max_wait_s=0.0)
-        while sink.step() or not sink.has_reached_ends() and sink.unreached_ends:
+        while sink.step() or (not sink.has_reached_ends() and sink.unreached_ends):
             pass
         sink.close()
         bus.close()
@@ -58,12 +57,14 @@ def index_rows(rows):
 
 
 def _to_plain(value):
+    """Return a value as the same Python value for every reader. A map is a dict, a list of pairs or a list of structs."""
+    if isinstance(value, list) and value and all(isinstance(item, tuple) for item in value):
+        value = dict(value)
     if isinstance(value, dict):
-        return {str(key): _to_plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        items = [_to_plain(item) for item in value]
-        is_map = bool(items) and all(isinstance(item, dict) and set(item) == {"key", "value"} for item in items)
-        return {item["key"]: item["value"] for item in items} if is_map else items
+        return {str(key): _to_plain(item) for key, item in value.items()} or []
+    if isinstance(value, list):
+        is_map = value and all(isinstance(item, dict) and set(item) == {"key", "value"} for item in value)
+        return {item["key"]: item["value"] for item in value} if is_map else [_to_plain(item) for item in value]
     return value if value is None or isinstance(value, bool | int | float | bytes) else str(value)
 
 
