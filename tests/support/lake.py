@@ -2,6 +2,7 @@
 
 import json
 from contextlib import contextmanager
+from decimal import Decimal
 
 from charter.connect import connect_bus, open_store
 from charter.lake.claims import LakeAddress
@@ -50,7 +51,8 @@ class LakeSource(Deployment):
 
 def index_rows(rows):
     """Return rows by their positions, as plain values. Every position must be there once."""
-    plain = [{name: _to_plain(value) for name, value in row.items() if name != "_topic_id"} for row in rows]
+    ignored = {"_topic_id", "run", "day"}  # some readers add the names of the folders as columns
+    plain = [{name: _to_plain(value) for name, value in row.items() if name not in ignored} for row in rows]
     indexed = {(row["_partition"], row["_offset"], row["record_id"]): row for row in plain}
     assert len(indexed) == len(plain)
     return indexed
@@ -65,6 +67,8 @@ def _to_plain(value):
     if isinstance(value, list):
         is_map = value and all(isinstance(item, dict) and set(item) == {"key", "value"} for item in value)
         return {item["key"]: item["value"] for item in value} if is_map else [_to_plain(item) for item in value]
+    if isinstance(value, Decimal):
+        return int(value)
     return value if value is None or isinstance(value, bool | int | float | bytes) else str(value)
 
 
