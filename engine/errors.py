@@ -3,8 +3,6 @@
     CharterError                    exit code 1
     +-- UsageError                  exit code 2: the command, a setting or an input is wrong
     |   +-- LoginRejected           Kafka rejects the user, the token or the certificate
-
-
     |   +-- QueryTimeout            a query took longer than its time limit
     +-- DependencyUnreachable       exit code 3: an external dependency is unavailable; a stage pauses and loses no records
     |   +-- BusUnreachable

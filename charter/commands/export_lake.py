@@ -39,7 +39,7 @@ def lake(
     """Export all tables to a lake, incrementally.
 
     URL is a folder, s3://BUCKET/FOLDER or gs://BUCKET/FOLDER. The export adds the rows that the lake does not have, as Parquet files
-    by table, run and day. It can run at any time, also beside the sink. If it is killed, the next one continues.
+    by table, run and day. It can run at any time, also while the sink runs. If it is killed, the next one continues.
 
     \b
     Examples:

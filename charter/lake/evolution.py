@@ -42,7 +42,7 @@ def _add_defaults(model: type[BaseModel], values: Mapping[str, Any]) -> dict[str
     result = dict(values)
     for name, info in model.model_fields.items():
         if name not in values:
-            default = info.get_default(call_default_factory=True)  # type: ignore[call-arg]
+            default = info.get_default(call_default_factory=True)
             result[name] = default.model_dump() if isinstance(default, BaseModel) else default
         elif (part := _find_model(info.annotation)) is not None and values[name] is not None:
             value = values[name]

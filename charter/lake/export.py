@@ -24,7 +24,7 @@ from charter.lake.claims import LakeAddress, claim_lake, remember_lake
 from charter.lake.evolution import to_current_schema
 from charter.lake.iceberg_lake import IcebergLake
 from charter.lake.parquet_lake import ParquetLake
-from charter.lake.positions import PartitionKey, TableState, summarize_rows
+from charter.lake.positions import PartitionKey, Position, TableState, summarize_rows
 from charter.lake.rows import (
     ORDER_DEPENDENT_COLUMNS,
     Snapshot,
@@ -77,28 +77,41 @@ def export_lake(
     with open_lake(data_folder, address, take_over=take_over) as lake:
         _require_own_lake(lake, address, snapshot)
         remember_lake(data_folder, address)
-        final_states: dict[str, TableState] = {}
         others = [spec for spec in TOPICS.values() if spec is not _ERASURES]
-        for spec in (_ERASURES, *others):
-            final_states[spec.table] = _export_table(store, lake, spec, snapshot, report, progress)
+        ends = [_export_table(store, lake, spec, snapshot, report, progress) for spec in (_ERASURES, *others)]
         # An erasure can have deleted rows in the database after they were read.
-        final_states[_ERASURES.table] = _export_table(store, lake, _ERASURES, read_snapshot(store), report, progress)
-        lake.finish(final_states, snapshot.history.cluster_ids)
+        ends.append(_export_table(store, lake, _ERASURES, read_snapshot(store), report, progress))
+        states = {
+            end.spec.table: lake.read_state(end.spec).reach(end.positions, end.session_id, end.next_seq) for end in ends if end
+        }
+        lake.finish(states, snapshot.history.cluster_ids)
     return report
+
+
+@dataclass(frozen=True)
+class _TableEnd:
+    """Where the export of a table ended. See `TableState`."""
+
+    spec: TopicSpec
+    positions: Sequence[Position]
+    session_id: str | None
+    next_seq: int
 
 
 def _export_table(
     store: Store, lake: Lake, spec: TopicSpec, snapshot: Snapshot, report: LakeReport, progress: WorkProgress
-) -> TableState:
-    """Add the new rows of a table. Return its state at the end."""
+) -> _TableEnd | None:
+    """Add the new rows of a table. Return where it ended, or None if there was nothing new."""
     progress.start_step(f"exporting {spec.table}")
-    state = lake.read_state(spec)
-    report.behind += _describe_lag_behind_lake(spec, snapshot, state)
-    ranges = snapshot.list_new_ranges(spec, state)
-    if not ranges:
-        return state
+    state, ranges = lake.read_state(spec), snapshot.list_new_ranges(spec, lake.read_state(spec))
     start_seq = snapshot.get_start_seq(state)
+    behind = _describe_lag_behind_lake(spec, snapshot, state)
+    report.behind += behind
+    if not ranges and (start_seq or not state.positions):
+        return None
     require_same_log(store, spec, snapshot, state, start_seq)
+    # While the database is rebuilt, further rows can have positions that the lake has, so the next export must read all of them.
+    session_id = None if behind else snapshot.session_id
     topics = {part.topic_id: part.topic for part in snapshot.ranges}
     pages: list[pa.Table] = []
 
@@ -112,15 +125,15 @@ def _export_table(
 
     for rows, next_seq in read_pages(store, spec, snapshot, ranges, start_seq):
         pages.append(rows)
-        state = state.add_rows(rows, topics, snapshot.session_id, next_seq)
+        state = state.add_rows(rows, topics, session_id, next_seq)
         progress.num_done += len(rows)
         if sum(page.nbytes for page in pages) >= COMMIT_BYTES:
             commit()
-    end_state = state.reach(snapshot.list_ends(spec), snapshot.session_id, snapshot.next_seq)
+    end = _TableEnd(spec, snapshot.list_ends(spec), session_id, snapshot.next_seq)
     if any(map(len, pages)):
-        state = end_state
+        state = state.reach(end.positions, end.session_id, end.next_seq)
         commit()
-    return end_state
+    return end
 
 
 def _erase(lake: Lake, prompt_ids: Sequence[str], progress: WorkProgress) -> int:

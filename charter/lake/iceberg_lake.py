@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 import uuid
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
@@ -131,8 +132,8 @@ class IcebergLake:
     def finish(self, states: dict[str, TableState], cluster_ids: frozenset[str]) -> None:
         """Set the states of tables without new rows, and note that the export is complete."""
         for spec in TOPICS.values():
-            state = states[spec.table]
-            if state.positions and state != self.read_state(spec):
+            state = states.get(spec.table)
+            if state and state.positions and state != self.read_state(spec):
                 self.prepare_table(spec)
                 self.commit(spec.table, None, state, cluster_ids)
         if self.tables:
@@ -249,7 +250,7 @@ class IcebergLake:
             return
         table = self.tables[spec.table]
         for task in self.call("read the files", lambda: list(table.scan().plan_files())):
-            yield self.call("read a file", lambda path=task.file.file_path: _read_file(table, path))
+            yield self.call("read a file", partial(_read_file, table, task.file.file_path))
 
 
 def _read_file(table: Table, path: str) -> pa.Table:

@@ -213,7 +213,7 @@ def _list_manifests(storage: LakeStorage) -> list[str]:
 
 
 def _read_manifest(storage: LakeStorage) -> Manifest:
-    """Read the newest manifest. Return an empty one if there is none. Raise CharterError if two exports wrote the same number."""
+    """Read the newest manifest. If there is no manifest, return an empty one. Raise CharterError if two exports wrote the same number."""
     names = _list_manifests(storage)
     if not names:
         return Manifest()

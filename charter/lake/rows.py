@@ -1,4 +1,4 @@
-"""Read the rows of the database for a lake, beside the sink.
+"""Read the rows of the database for a lake, while the sink runs.
 
 Each query holds the access lock of the database for at most a few seconds, so the sink never waits long. A first query selects the
 commit sequence numbers of many rows, and then each query reads a page of these rows. A page has a limited number of bytes.
@@ -114,7 +114,7 @@ class Snapshot:
 
 
 def read_snapshot(store: Store) -> Snapshot:
-    """Read how far the sink has read each partition, and the commit sequence at this time."""
+    """Read the next offset of the sink in each partition, and the commit sequence at this time."""
     with store.open_read_session() as query:
         history = query_commit_history(query)
         sql = """
