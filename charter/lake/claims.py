@@ -146,7 +146,7 @@ def _read_owner(data_folder: Path, lock: FileLock) -> str:
 def _remove_other_claims(claim: LakeClaim, owner: str, take_over: bool) -> None:
     """Delete the claims of killed processes. Raise LakeBusy if another data folder has a claim."""
     for name in claim.storage.list_names(_CLAIMS_FOLDER):
-        if name == claim.name:
+        if name == claim.name or not name.endswith(".json"):  # a local claim that is not completely written has another name
             continue
         other = json.loads(claim.storage.read(name).to_pybytes())
         if other["owner"] != owner and not take_over:

@@ -181,7 +181,8 @@ class ParquetLake:
             for name in self.storage.list_names(spec.table):
                 if name not in named:
                     self.storage.delete(name)
-        for name in _list_manifests(self.storage)[:-1]:
+        incomplete = [name for name in self.storage.list_names("_charter") if name.endswith(".part")]
+        for name in [*_list_manifests(self.storage)[:-1], *incomplete]:
             self.storage.delete(name)
 
 
