@@ -58,6 +58,30 @@ class QueryFunction(Protocol):
     def __call__(self, sql: str, parameters: Parameters = (), most: int | None = None) -> QueryResult: ...
 
 
+class ReadSession:
+    """Runs read-only statements on an open connection. `limit_s` limits their total time."""
+
+    def __init__(self, connection: duckdb.DuckDBPyConnection, path: Path, limit_s: float) -> None:
+        self.connection, self.path, self.limit_s = connection, path, limit_s
+        self.deadline = time.monotonic() + limit_s
+
+    def __call__(self, sql: str, parameters: Parameters = (), most: int | None = None) -> QueryResult:
+        def fetch() -> QueryResult:
+            cursor = self.connection.execute(sql, parameters)
+            columns = [column[0] for column in cursor.description or []]
+            rows = [] if not columns else cursor.fetchall() if most is None else cursor.fetchmany(most)
+            return QueryResult(columns, rows)
+
+        return self.run(sql, fetch)
+
+    def query_arrow(self, sql: str, parameters: Parameters = ()) -> pa.Table:
+        """Run one SELECT and return its rows as an Arrow table."""
+        return self.run(sql, lambda: self.connection.sql(sql, params=parameters).to_arrow_table())
+
+    def run(self, sql: str, fetch: Callable[[], _Result]) -> _Result:
+        return _run_query(self.connection, self.path, sql, fetch, self.limit_s, self.deadline)
+
+
 class Store:
     """The database at `path`. Its access lock is a folder next to it."""
 
@@ -79,33 +103,13 @@ class Store:
     @contextmanager
     def open_read_session(
         self, *, limit_s: float = QUERY_LIMIT_S, lock_timeout_s: float = _LOCK_TIMEOUT_S
-    ) -> Iterator[QueryFunction]:
+    ) -> Iterator[ReadSession]:
         """Hold the lock for several read-only statements. `limit_s` limits their total time.
 
         Raise the same errors as `query`. After a failed statement the session can still be used.
         """
         with self._open_read_connection(lock_timeout_s) as connection:
-            deadline = time.monotonic() + limit_s
-
-            def query(sql: str, parameters: Parameters = (), most: int | None = None) -> QueryResult:
-                def fetch() -> QueryResult:
-                    cursor = connection.execute(sql, parameters)
-                    columns = [column[0] for column in cursor.description or []]
-                    rows = [] if not columns else cursor.fetchall() if most is None else cursor.fetchmany(most)
-                    return QueryResult(columns, rows)
-
-                return _run_query(connection, self.path, sql, fetch, limit_s, deadline)
-
-            yield query
-
-    def query_arrow(self, sql: str, parameters: Parameters = (), *, limit_s: float = QUERY_LIMIT_S) -> pa.Table:
-        """Run one read-only SELECT and return its rows as an Arrow table. Raise the same errors as `query`."""
-        with self._open_read_connection(_LOCK_TIMEOUT_S) as connection:
-
-            def fetch() -> pa.Table:
-                return connection.sql(sql, params=parameters).to_arrow_table()
-
-            return _run_query(connection, self.path, sql, fetch, limit_s, time.monotonic() + limit_s)
+            yield ReadSession(connection, self.path, limit_s)
 
     @contextmanager
     def _open_read_connection(self, lock_timeout_s: float) -> Iterator[duckdb.DuckDBPyConnection]:

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as compute
 
 from charter.lake.positions import PartitionKey, Position, TableState
-from engine.commit_history import CommitHistory, query_commit_history, read_commit_history
+from engine.commit_history import CommitHistory, query_commit_history
 from engine.errors import QueryTimeout, StoreMismatch
 from engine.store import Store
 from engine.tables import get_arrow_schema, list_columns
@@ -135,18 +135,19 @@ def read_pages(
     """
     next_offsets = {part.key: part.start_offset for part in ranges}
     page_rows = _FIRST_PAGE_ROWS
-    while commit_seqs := _select_commits(store, spec, ranges, start_seq, snapshot.next_seq):
-        first = 0
+    is_last = not ranges
+    while not is_last:
+        commit_seqs = _select_commits(store, spec, ranges, start_seq, snapshot.next_seq)
+        is_last, first = len(commit_seqs) < _SELECTED_ROWS, 0
         while first < len(commit_seqs):
             page = commit_seqs[first : first + page_rows]
             try:
-                rows = _read_page(store, spec, ranges, page[0], page[-1])
+                rows = _read_page(store, spec, snapshot, ranges, page[0], page[-1])
             except QueryTimeout:
                 if page_rows == 1:
                     raise
                 page_rows = max(1, page_rows // 4)
                 continue
-            _require_same_database(store, snapshot)
             first += len(page)
             start_seq = page[-1] + 1
             yield _drop_repeated(spec, rows, next_offsets), start_seq
@@ -182,11 +183,14 @@ def _select_commits(
 ) -> list[int]:
     sql = f"{_build_query(spec, 'commit_seq')} ORDER BY commit_seq LIMIT {_SELECTED_ROWS}"
     parameters = _make_parameters(ranges, start_seq, next_seq - 1)
-    commits: list[int] = store.query_arrow(sql, parameters, limit_s=_SELECT_LIMIT_S)["commit_seq"].to_pylist()
+    with store.open_read_session(limit_s=_SELECT_LIMIT_S) as session:
+        commits: list[int] = session.query_arrow(sql, parameters)["commit_seq"].to_pylist()
     return commits
 
 
-def _read_page(store: Store, spec: TopicSpec, ranges: Sequence[PartitionRange], first: int, last: int) -> pa.Table:
+def _read_page(
+    store: Store, spec: TopicSpec, snapshot: Snapshot, ranges: Sequence[PartitionRange], first: int, last: int
+) -> pa.Table:
     sql_types = dict(list_columns(spec)) | {"content_hash": "DECIMAL(20, 0)"}
     schema = get_lake_schema(spec.record_class)
     columns = [
@@ -194,7 +198,15 @@ def _read_page(store: Store, spec: TopicSpec, ranges: Sequence[PartitionRange], 
         for name in schema.names
     ]  # fmt: skip
     sql = f"{_build_query(spec, ', '.join(columns))} ORDER BY commit_seq"
-    return store.query_arrow(sql, _make_parameters(ranges, first, last)).cast(schema)
+    with store.open_read_session() as session:
+        rows = session.query_arrow(sql, _make_parameters(ranges, first, last))
+        if not query_commit_history(session).is_valid(snapshot.session_id, snapshot.next_seq - 1):
+            raise StoreMismatch(
+                f"the database {store.path} was replaced while it was read",
+                "the rows have other commit sequence numbers now",
+                "type the same command again; it continues after the rows that the lake has",
+            )
+    return rows.cast(schema)
 
 
 def _drop_repeated(spec: TopicSpec, rows: pa.Table, next_offsets: dict[PartitionKey, int]) -> pa.Table:
@@ -217,20 +229,19 @@ def require_same_log(store: Store, spec: TopicSpec, snapshot: Snapshot, state: T
         for part in snapshot.list_ranges(spec)
         if (position := state.positions.get(part.key)) and position.last_offset is not None
     ]
-    rows = store.query_arrow(
-        _build_query(spec, "topic_id, part, _offset, content_hash"),
-        _make_parameters(last_rows, 0, snapshot.next_seq - 1),
-        limit_s=_SELECT_LIMIT_S,
-    )
-    for topic_id, partition, offset, content_hash in zip(*(column.to_pylist() for column in rows.columns), strict=True):
-        if content_hash != state.positions[(topic_id, partition)].last_hash:
-            raise _make_replaced_log_error(spec, partition, offset)
     # The rows that the sink has added since the last export, at positions that the lake has.
-    sql = _build_query(spec, "part, _offset", "< start_offset AND (NOT is_duplicate OR content_mismatch)") + " LIMIT 1"
     exported = [replace(part, start_offset=part.end_offset) for part in snapshot.list_exported_ranges(spec, state)]
-    parameters = _make_parameters(exported, start_seq, snapshot.next_seq - 1)
-    if start_seq and (added := store.query_arrow(sql, parameters, limit_s=_SELECT_LIMIT_S)):
-        raise _make_replaced_log_error(spec, added["part"][0].as_py(), added["_offset"][0].as_py())
+    added_sql = _build_query(spec, "part, _offset", "< start_offset AND (NOT is_duplicate OR content_mismatch)") + " LIMIT 1"
+    last_seq = snapshot.next_seq - 1
+    with store.open_read_session(limit_s=_SELECT_LIMIT_S) as session:
+        last_sql = _build_query(spec, "topic_id, part, _offset, content_hash")
+        rows = session(last_sql, _make_parameters(last_rows, 0, last_seq)).rows if last_rows else []
+        added = session(added_sql, _make_parameters(exported, start_seq, last_seq)).rows if start_seq and exported else []
+    differing = [
+        (part, offset) for topic_id, part, offset, hash_ in rows if hash_ != state.positions[(topic_id, part)].last_hash
+    ]
+    for part, offset in [*differing, *added]:
+        raise _make_replaced_log_error(spec, part, offset)
 
 
 def _make_replaced_log_error(spec: TopicSpec, partition: int, offset: int) -> StoreMismatch:
@@ -239,15 +250,6 @@ def _make_replaced_log_error(spec: TopicSpec, partition: int, offset: int) -> St
         "the log has lost records or was replaced by an older copy, so positions do not identify records any more",
         "rebuild the database from the log (charter repair), then export to another URL",
     )
-
-
-def _require_same_database(store: Store, snapshot: Snapshot) -> None:
-    if not read_commit_history(store).is_valid(snapshot.session_id, snapshot.next_seq - 1):
-        raise StoreMismatch(
-            f"the database {store.path} was replaced while it was read",
-            "the rows have other commit sequence numbers now",
-            "type the same command again; it continues after the rows that the lake has",
-        )
 
 
 def select_erased(spec: TopicSpec, rows: pa.Table, prompt_ids: Sequence[str]) -> pa.BooleanArray:
