@@ -16,16 +16,16 @@ from engine.errors import UsageError
 from engine.settings import Settings
 from engine.text import format_count
 
-# The first sentence of the help of each format.
+# The help of each format.
 _FORMAT_HELP = {
     "sft": "Write prompts with final responses, for SFT.",
     "preference": "Write pairs with a soft label, for DPO and reward models.",
     "contrast": "Write contrast pairs, for DPO.",
-    "kto": "Write single responses with a boolean label, for KTO.",
+    "kto": "Write single responses with a boolean label, for KTO.\n\n"
+    "A label of KTO is hard, so pairs that are nearly ties are left out (--min-margin).",
     "prompts": "Write prompts alone, for GRPO and RLOO.",
     "openai": "Write conversations in OpenAI's chat form.",
 }
-_KTO_HELP = "A label of KTO is hard, so pairs that are nearly ties are left out (--min-margin)."
 
 
 @click.group()
@@ -49,9 +49,9 @@ def _make_dataset_command(dataset_format: str) -> click.Command:
     """Return the command that exports a format. Options that need labels are hidden if the rows have no label."""
     has_labels = EXPORT_FORMATS[dataset_format].default_min_margin is not None
 
-    @click.command(
-        dataset_format, help="\n\n".join([_FORMAT_HELP[dataset_format], *([_KTO_HELP] if dataset_format == "kto" else [])])
-    )
+    example = f"\b\nExamples:\n  charter export {dataset_format} exported/{dataset_format} --parquet"
+
+    @click.command(dataset_format, help=f"{_FORMAT_HELP[dataset_format]}\n\n{example}")
     @click.argument("target", metavar="FOLDER", type=click.Path(path_type=Path))
     @click.option("--parquet", "as_parquet", is_flag=True, help="Write Parquet instead of JSON lines.")
     @click.option(
