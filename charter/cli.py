@@ -67,7 +67,7 @@ SECTIONS: dict[str, dict[str, str]] = {
     },
     "Labels": {
         "label": "Label pairs by hand.",
-        "export": "Write training data in the formats of TRL and OpenAI.",
+        "export": "Write training data in the formats of TRL and OpenAI, or all tables to a data lake.",
     },
     "Replay": {
         "replay": "Run earlier records through the stages again, as a new run.",
@@ -144,6 +144,7 @@ def cli(context: click.Context) -> None:
 
 _WRONG_PATH_ERRORS = (FileNotFoundError, IsADirectoryError, NotADirectoryError)
 _TRAINING_PACKAGES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "huggingface_hub", "gguf")
+_LAKE_PACKAGES = ("pyiceberg", "pyiceberg_core", "sqlalchemy")
 
 
 def main() -> None:
@@ -202,6 +203,9 @@ def describe_error(error: Exception) -> tuple[str, str, str]:
     if isinstance(error, ModuleNotFoundError) and error.name in _TRAINING_PACKAGES:
         why = "local models and training need the packages of an optional extra"
         return f"this command needs {error.name}, which is not installed", why, f"type: {get_install_command('train')}"
+    if isinstance(error, ModuleNotFoundError) and (error.name or "").partition(".")[0] in _LAKE_PACKAGES:
+        why = "Iceberg tables need the packages of an optional extra; without --iceberg, the lake is Parquet files"
+        return f"this command needs {error.name}, which is not installed", why, f"type: {get_install_command('lake')}"
     if isinstance(error, OSError):
         return (
             f"cannot use {error.filename or 'a file or the output'}",

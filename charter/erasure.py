@@ -6,6 +6,7 @@ embedded log, and the bytes of both in the files (`consumers.sink`). If no sink 
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -15,13 +16,15 @@ from typing import Any
 
 from charter.connect import open_sink_lock, open_store
 from charter.console import print_progress
+from charter.lake.claims import list_lakes
+from charter.lake.export import erase_from_lake
 from charter.lookup import describe_matches, find_erased_prompt_ids, find_prompt_ids, find_prompt_titles
 from charter.progress import show_progress
 from charter.text import wrap_text
 from consumers.sink import Sink
 from engine.bus import KAFKA_SCHEME
 from engine.bus.port import Bus
-from engine.errors import StoreBusy, UsageError
+from engine.errors import CharterError, StoreBusy, UsageError
 from engine.progress import WorkProgress
 from engine.settings import Settings
 from engine.store import Store
@@ -170,6 +173,25 @@ def _is_erased(store: Store, prompt_ids: Sequence[str]) -> bool:
         return False
 
 
+def erase_from_lakes(settings: Settings, prompt_ids: Sequence[str]) -> None:
+    """Delete the prompts from all lakes of the data folder. If this fails for some lakes, raise an error after the others."""
+    failures: list[CharterError] = []
+    for address in list_lakes(settings.folder):
+        try:
+            with show_progress(f"erase from {address.url}", "records") as progress:
+                num_rows = erase_from_lake(settings.folder, address, prompt_ids, progress)
+            print_progress(f"erased {format_count(num_rows, 'rows')} from the lake {address.url}")
+        except CharterError as error:
+            print_progress(f"not erased from the lake {address.url}: {error.what}: {error.why}", logging.ERROR)
+            failures.append(error)
+    if failures:
+        raise type(failures[0])(
+            f"the erasure has not reached {format_count(len(failures), 'lakes')}",
+            failures[0].why,
+            f"{failures[0].fix}. The lake is also rewritten by the next: charter export lake",
+        )
+
+
 # What an erasure does not reach
 
 
@@ -189,6 +211,7 @@ def list_remaining_copies(settings: Settings, store: Store, bus: Bus, plan: Eras
         f"copies of {data} made before now (charter backup, snapshot, export, report): Charter does not know their folders."
         " Delete them. A backup with an embedded log can also be erased: charter erase --data BACKUP ID"
     )
+    lines.append("lakes of other data folders, until their next charter export lake")
     lines.append("logs of model servers, of this machine's terminals and services, and disk snapshots")
     return lines
 

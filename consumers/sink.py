@@ -247,7 +247,7 @@ class Sink:
                 if offset is None:
                     offset = beginning_offset
                     row = [self.bus.cluster_id, self.topic_ids[topic], topic, partition, offset]
-                    connection.execute("INSERT INTO raw.sink_offsets VALUES (?, ?, ?, ?, ?)", row)
+                    connection.execute("INSERT INTO raw.sink_offsets SELECT ?, ?, ?, ?, ?, next_seq FROM raw.sink_state", row)
                     if beginning_offset:
                         deleted[topic_partition] = beginning_offset
                 elif offset < beginning_offset:

@@ -26,6 +26,7 @@ from engine.store import Store, check_format_version, open_connection
 
 _DATABASE_FILENAME = "charter.duckdb"
 _CHECKPOINTS_FOLDER = "checkpoints"
+_LAKES_FOLDER = "lakes"  # charter/lake/claims.py
 _MANIFEST_FILENAME = "backup.json"
 _LOCK_TIMEOUT_S = 60.0
 _BYTES_PER_MEGABYTE = 1_000_000
@@ -102,6 +103,10 @@ def create_backup(folder: Path, target: Path, bus_folder: Path | None, progress:
         if bus_folder is not None and (bus_folder / embedded.LOG_FILENAME).exists():
             progress.start_step("copying the log")  # in one step, so that writers cannot make SQLite start again
             manifest["messages"] = _copy_log(bus_folder / embedded.LOG_FILENAME, temporary / embedded.LOG_FILENAME)
+        # `charter erase` on the restored folder also rewrites the lakes.
+        for path in (folder / _LAKES_FOLDER).glob("*.json"):
+            (temporary / _LAKES_FOLDER).mkdir(exist_ok=True)
+            shutil.copyfile(path, temporary / _LAKES_FOLDER / path.name)
         checkpoints = folder / _CHECKPOINTS_FOLDER
         manifest["checkpoints"] = _copy_checkpoints(checkpoints, temporary / _CHECKPOINTS_FOLDER, progress)
         (temporary / _MANIFEST_FILENAME).write_text(json.dumps(manifest, indent=2), encoding="utf-8")

@@ -18,7 +18,7 @@ import duckdb
 
 from engine.bus.port import Bus, Offsets, TopicPartition
 from engine.errors import StoreMismatch
-from engine.store import Store
+from engine.store import QueryFunction, Store
 from schemas.topics import TOPICS
 
 
@@ -53,11 +53,17 @@ class CommitHistory:
 
 def read_commit_history(store: Store) -> CommitHistory:
     """Read the sessions and the state of the sink."""
+    with store.open_read_session() as query:
+        return query_commit_history(query)
+
+
+def query_commit_history(query: QueryFunction) -> CommitHistory:
+    """Read the sessions and the state of the sink in a read session."""
     sql = """
         SELECT (SELECT list({id: session_id, seq: first_seq} ORDER BY number) FROM raw.sink_sessions), next_seq, complete_seq,
                (SELECT list(DISTINCT cluster_id) FROM raw.sink_offsets)
         FROM raw.sink_state"""
-    ((sessions, next_seq, complete_seq, cluster_ids),) = store.query(sql).rows
+    ((sessions, next_seq, complete_seq, cluster_ids),) = query(sql).rows
     first_seqs = {session["id"]: session["seq"] for session in sessions or ()}
     return CommitHistory(first_seqs, next_seq, complete_seq, frozenset(cluster_ids or ()))
 

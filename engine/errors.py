@@ -3,6 +3,7 @@
     CharterError                    exit code 1
     +-- UsageError                  exit code 2: the command, a setting or an input is wrong
     |   +-- LoginRejected           Kafka rejects the user, the token or the certificate
+    |   +-- QueryTimeout            a query took longer than its time limit
     +-- DependencyUnreachable       exit code 3: an external dependency is unavailable; a stage pauses and loses no records
     |   +-- BusUnreachable
     |   +-- ModelUnreachable
@@ -12,6 +13,8 @@
     |   +-- StoreIncomplete
     |   +-- CheckpointsFull
     |   +-- CheckpointsUnreachable
+    |   +-- LakeUnreachable
+    |   +-- LakeBusy
     +-- CommitUncertain             the outcome of a transaction is unknown
     +-- WriterFenced                another writer with the same transactional id was opened
     +-- PartitionLost               the partition was assigned to another member before the commit
@@ -58,6 +61,10 @@ class LoginRejected(UsageError):
     """Kafka rejects the user, the token or the certificate, so a retry does not help."""
 
 
+class QueryTimeout(UsageError):
+    """A query took longer than its time limit and was interrupted."""
+
+
 class DependencyUnreachable(CharterError):
     """An external dependency is temporarily unavailable."""
 
@@ -94,6 +101,14 @@ class CheckpointsUnreachable(DependencyUnreachable):
 
 class CheckpointsFull(DependencyUnreachable):
     """The disk has too little free space for another checkpoint."""
+
+
+class LakeUnreachable(DependencyUnreachable):
+    """A lake (`charter export lake`) cannot be read or written."""
+
+
+class LakeBusy(DependencyUnreachable):
+    """Another export writes to the lake, or a killed export of another data folder has left its claim there."""
 
 
 def is_disk_full(error: BaseException) -> bool:

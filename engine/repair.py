@@ -95,8 +95,12 @@ def _reset_offsets(store: Store, bus: Bus) -> None:
     rows = [[bus.cluster_id, topic_ids[topic], topic, partition, offset] for (topic, partition), offset in beginnings.items()]
     with open_connection(store.path, read_only=False) as connection:
         connection.begin()
-        connection.execute("DELETE FROM raw.sink_offsets WHERE cluster_id = ?", [bus.cluster_id])
-        connection.executemany("INSERT INTO raw.sink_offsets VALUES (?, ?, ?, ?, ?)", rows)
+        sql = "DELETE FROM raw.sink_offsets WHERE cluster_id = ? RETURNING topic_id, partition, first_seq"
+        first_seqs = {(topic_id, p): seq for topic_id, p, seq in connection.execute(sql, [bus.cluster_id]).fetchall()}
+        ((next_seq,),) = connection.execute("SELECT next_seq FROM raw.sink_state").fetchall()
+        # The rows that the database already has of the same topic stay rows of this topic.
+        rows = [[*row, first_seqs.get((row[1], row[3]), next_seq)] for row in rows]
+        connection.executemany("INSERT INTO raw.sink_offsets VALUES (?, ?, ?, ?, ?, ?)", rows)
         connection.execute("UPDATE raw.sink_state SET complete_seq = NULL")
         connection.commit()
 

@@ -13,18 +13,19 @@ import re
 import shutil
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import duckdb
+import pyarrow as pa
 
 from engine.access_lock import AccessLock
 from engine.checkpoints import fsync_path
 from engine.database_paths import require_supported_path, to_database_path
-from engine.errors import DataFolderVersionMismatch, StoreBusy, StoreDamaged, StoreFull, UsageError, WalDamaged
+from engine.errors import DataFolderVersionMismatch, QueryTimeout, StoreBusy, StoreDamaged, StoreFull, UsageError, WalDamaged
 from engine.tables import FORMAT_VERSION, build_create_statements
 
 QUERY_LIMIT_S = 2.0
@@ -48,12 +49,37 @@ class QueryResult:
 
 
 Parameters = Sequence[Any] | Mapping[str, Any]
+_Result = TypeVar("_Result")
 
 
 class QueryFunction(Protocol):
     """Runs one statement in a read session. The result has at most `most` rows, or all rows if `most` is None."""
 
     def __call__(self, sql: str, parameters: Parameters = (), most: int | None = None) -> QueryResult: ...
+
+
+class ReadSession:
+    """Runs read-only statements on an open connection. `limit_s` limits their total time."""
+
+    def __init__(self, connection: duckdb.DuckDBPyConnection, path: Path, limit_s: float) -> None:
+        self.connection, self.path, self.limit_s = connection, path, limit_s
+        self.deadline = time.monotonic() + limit_s
+
+    def __call__(self, sql: str, parameters: Parameters = (), most: int | None = None) -> QueryResult:
+        def fetch() -> QueryResult:
+            cursor = self.connection.execute(sql, parameters)
+            columns = [column[0] for column in cursor.description or []]
+            rows = [] if not columns else cursor.fetchall() if most is None else cursor.fetchmany(most)
+            return QueryResult(columns, rows)
+
+        return self.run(sql, fetch)
+
+    def query_arrow(self, sql: str, parameters: Parameters = ()) -> pa.Table:
+        """Run one SELECT and return its rows as an Arrow table."""
+        return self.run(sql, lambda: self.connection.sql(sql, params=parameters).to_arrow_table())
+
+    def run(self, sql: str, fetch: Callable[[], _Result]) -> _Result:
+        return _run_query(self.connection, self.path, sql, fetch, self.limit_s, self.deadline)
 
 
 class Store:
@@ -77,11 +103,16 @@ class Store:
     @contextmanager
     def open_read_session(
         self, *, limit_s: float = QUERY_LIMIT_S, lock_timeout_s: float = _LOCK_TIMEOUT_S
-    ) -> Iterator[QueryFunction]:
+    ) -> Iterator[ReadSession]:
         """Hold the lock for several read-only statements. `limit_s` limits their total time.
 
         Raise the same errors as `query`. After a failed statement the session can still be used.
         """
+        with self._open_read_connection(lock_timeout_s) as connection:
+            yield ReadSession(connection, self.path, limit_s)
+
+    @contextmanager
+    def _open_read_connection(self, lock_timeout_s: float) -> Iterator[duckdb.DuckDBPyConnection]:
         missing = UsageError(
             f"there is no database at {self.path} yet",
             "the sink creates the database when the first records arrive",
@@ -93,12 +124,7 @@ class Store:
             if not check_format_version(connection, self.path):
                 raise missing  # the process that created the file was stopped before it created the tables
             _disable_external_access(connection)
-            deadline = time.monotonic() + limit_s
-
-            def query(sql: str, parameters: Parameters = (), most: int | None = None) -> QueryResult:
-                return _run_query(connection, self.path, sql, parameters, limit_s, deadline, most)
-
-            yield query
+            yield connection
 
     def query_dicts(self, sql: str, parameters: Parameters = (), **limits: float) -> list[dict[str, Any]]:
         """Run `query` and return its rows as dictionaries."""
@@ -329,26 +355,19 @@ def _run_query(
     connection: duckdb.DuckDBPyConnection,
     path: Path,
     sql: str,
-    parameters: Parameters,
+    fetch: Callable[[], _Result],
     limit_s: float,
     deadline: float,
-    max_rows: int | None,
-) -> QueryResult:
-    """Run one statement. Return at most `max_rows` rows, or all rows if `max_rows` is None.
-
-    Interrupt the statement at `deadline` (on the monotonic clock).
-    """
+) -> _Result:
+    """Run one statement with `fetch`, and return its result. Interrupt it at `deadline` (on the monotonic clock)."""
     started = time.monotonic()
     timer = threading.Timer(max(0.0, deadline - started), connection.interrupt)
     timer.start()
     try:
         _require_one_statement(connection, sql)
-        cursor = connection.execute(sql, parameters)
-        columns = [column[0] for column in cursor.description or []]
-        rows = [] if not columns else cursor.fetchall() if max_rows is None else cursor.fetchmany(max_rows)
-        return QueryResult(columns, rows)
+        return fetch()
     except duckdb.InterruptException as error:
-        raise UsageError(
+        raise QueryTimeout(
             f"the query took longer than {limit_s:g} s and was interrupted",
             f"the query ran for {time.monotonic() - started:.1f} s; the sink must wait during a query",
             "restrict the query, or raise the limit: charter sql --timeout-s 60 '...'",

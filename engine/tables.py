@@ -101,8 +101,10 @@ def build_create_statements() -> list[str]:
         *ELIGIBILITY_MACROS,
         MARKER_MACRO,
         "CREATE SCHEMA IF NOT EXISTS raw",
+        # `first_seq` is the first commit sequence number with which a row of this partition can be from this topic. A topic that is
+        # deleted and created again has the same name and another id.
         "CREATE TABLE IF NOT EXISTS raw.sink_offsets"
-        " (cluster_id VARCHAR, topic_id VARCHAR, topic VARCHAR, partition INTEGER, next_offset BIGINT)",
+        " (cluster_id VARCHAR, topic_id VARCHAR, topic VARCHAR, partition INTEGER, next_offset BIGINT, first_seq BIGINT)",
         "CREATE TABLE IF NOT EXISTS raw.sink_state (version INTEGER, next_seq BIGINT, complete_seq BIGINT)",
         "CREATE TABLE IF NOT EXISTS raw.sink_sessions (number BIGINT, session_id VARCHAR, first_seq BIGINT)",
         # The prompts whose rows are deleted, but whose text can still be in the files of the log and of the database.

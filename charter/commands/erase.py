@@ -8,7 +8,7 @@ import click
 
 from charter.connect import connect_bus, open_store
 from charter.console import common_options
-from charter.erasure import list_remaining_copies, make_erasure_plan, publish_erasures, wait_until_erased
+from charter.erasure import erase_from_lakes, list_remaining_copies, make_erasure_plan, publish_erasures, wait_until_erased
 from engine.bus import KAFKA_SCHEME
 from engine.settings import Settings
 from engine.text import format_count
@@ -24,7 +24,8 @@ def erase(settings: Settings, identifiers: tuple[str, ...], reason: str, yes: bo
 
     The command shows the prompt and asks for confirmation. Then it publishes an erasure record. Each sink that reads this log
     deletes the prompt, its other epochs and the records made from them: from its database, from the embedded log, and from the
-    files of both. If no sink runs on this data folder, the command does this itself. It returns when this is finished.
+    files of both. If no sink runs on this data folder, the command does this itself. It also rewrites the lakes of this data
+    folder (charter export lake). It returns when this is finished.
 
     Later batches, replays and productions skip the prompt. Kafka cannot delete single records: the command prints until when each
     topic keeps the text. It also lists the models that were trained on the records, and other copies that it cannot delete.
@@ -58,6 +59,7 @@ def erase(settings: Settings, identifiers: tuple[str, ...], reason: str, yes: bo
     click.echo("not erased:")
     for line in remaining:
         click.echo(f"  {line}")
+    erase_from_lakes(settings, plan.prompt_ids)
 
 
 COMMAND = erase

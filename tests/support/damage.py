@@ -108,4 +108,4 @@ def replace_by_database_of_another_log(store):
     database = RecordDatabase(store.path)
     database.add(make_prompt("of another log"))
     with store.open_write_session() as connection:
-        connection.execute("INSERT INTO raw.sink_offsets VALUES ('another', 't', 'prompts', 0, 1)")
+        connection.execute("INSERT INTO raw.sink_offsets VALUES ('another', 't', 'prompts', 0, 1, 0)")
