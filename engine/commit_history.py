@@ -10,6 +10,7 @@ and if the next session began at a higher number.
 from __future__ import annotations
 
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,7 +19,7 @@ import duckdb
 
 from engine.bus.port import Bus, Offsets, TopicPartition
 from engine.errors import StoreMismatch
-from engine.store import QueryFunction, Store
+from engine.store import QueryResult, Store
 from schemas.topics import TOPICS
 
 
@@ -53,12 +54,11 @@ class CommitHistory:
 
 def read_commit_history(store: Store) -> CommitHistory:
     """Read the sessions and the state of the sink."""
-    with store.open_read_session() as query:
-        return query_commit_history(query)
+    return query_commit_history(store.query)
 
 
-def query_commit_history(query: QueryFunction) -> CommitHistory:
-    """Read the sessions and the state of the sink in a read session."""
+def query_commit_history(query: Callable[[str], QueryResult]) -> CommitHistory:
+    """Read the sessions and the state of the sink with the query function of a store or of a read session."""
     sql = """
         SELECT (SELECT list({id: session_id, seq: first_seq} ORDER BY number) FROM raw.sink_sessions), next_seq, complete_seq,
                (SELECT list(DISTINCT cluster_id) FROM raw.sink_offsets)

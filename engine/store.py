@@ -17,16 +17,18 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import duckdb
-import pyarrow as pa
 
 from engine.access_lock import AccessLock
 from engine.checkpoints import fsync_path
 from engine.database_paths import require_supported_path, to_database_path
 from engine.errors import DataFolderVersionMismatch, QueryTimeout, StoreBusy, StoreDamaged, StoreFull, UsageError, WalDamaged
 from engine.tables import FORMAT_VERSION, build_create_statements
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 QUERY_LIMIT_S = 2.0
 _LOCK_TIMEOUT_S = 30.0
