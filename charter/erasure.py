@@ -188,7 +188,7 @@ def erase_from_lakes(settings: Settings, prompt_ids: Sequence[str]) -> None:
         raise type(failures[0])(
             f"the erasure has not reached {format_count(len(failures), 'lakes')}",
             failures[0].why,
-            f"{failures[0].fix}. The lake is also rewritten by the next: charter export lake",
+            f"{failures[0].fix}. The next charter export lake URL also rewrites the lake",
         )
 
 

@@ -11,8 +11,6 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import httpx
-
 from charter.stages import STAGES, get_stage_role
 from engine.errors import ModelUnreachable, UsageError
 from engine.models import resolve_model_folder
@@ -141,6 +139,8 @@ def require_separate_server(settings: Settings) -> None:
 
 def _get_server(spec: str) -> str:
     """Return the host and the port of a model on a server, or the whole setting of another model."""
+    import httpx  # it imports click and rich, which the Python API does not need
+
     url = httpx.URL(spec.partition("#")[0]) if spec.startswith(("http://", "https://")) else None
     return spec if url is None else f"{'127.0.0.1' if url.host == 'localhost' else url.host}:{url.port or url.scheme}"
 

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import httpx
-
 from engine.errors import ModelUnreachable
 
 if TYPE_CHECKING:
+    import httpx
+
     from engine.models.endpoint import Endpoint
 
 INITIAL_WEIGHT_VERSION = "default"  # the weight version of a server that was just started
@@ -111,6 +111,8 @@ class VllmServer:
         **options: Any,
     ) -> httpx.Response:
         """Send a request that manages the server. Raise ModelUnreachable unless it succeeds, or the message contains `accepted`."""
+        import httpx  # it imports click and rich, which a process without a server does not need
+
         root = self.endpoint.url.removesuffix("/v1")
         try:
             response = self.endpoint.client.request(method, f"{root}{path}", timeout=timeout_s, **options)
