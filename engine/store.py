@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import duckdb
@@ -31,6 +32,9 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 QUERY_LIMIT_S = 2.0
+# Queries have no access to files, the network and extensions, and SQL cannot change that. This is set when the file is opened, because
+# simultaneous readers of a process share one instance of the database, whose configuration is locked.
+_READ_CONFIG = {"enable_external_access": "false", "lock_configuration": "true"}
 _LOCK_TIMEOUT_S = 30.0
 # The write-ahead log and the files into which DuckDB splits it during a checkpoint. DuckDB reads them when it opens the database.
 WAL_SUFFIXES = (".wal", ".wal.checkpoint", ".wal.recovery")
@@ -122,10 +126,12 @@ class Store:
         )
         if not self.path.exists():
             raise missing
-        with self.access_lock.read_lock(lock_timeout_s), open_connection(self.path, read_only=True) as connection:
+        with (
+            self.access_lock.read_lock(lock_timeout_s),
+            open_connection(self.path, read_only=True, config=_READ_CONFIG) as connection,
+        ):
             if not check_format_version(connection, self.path):
                 raise missing  # the process that created the file was stopped before it created the tables
-            _disable_external_access(connection)
             yield connection
 
     def query_dicts(self, sql: str, parameters: Parameters = (), **limits: float) -> list[dict[str, Any]]:
@@ -238,7 +244,9 @@ def _remove_database(path: Path) -> None:
 
 
 @contextmanager
-def open_connection(path: Path, *, read_only: bool) -> Iterator[duckdb.DuckDBPyConnection]:
+def open_connection(
+    path: Path, *, read_only: bool, config: Mapping[str, str] = MappingProxyType({})
+) -> Iterator[duckdb.DuckDBPyConnection]:
     """Open a connection to the file. Create the file if it does not exist and `read_only` is false.
 
     If another program has opened the file, raise StoreBusy with the name of this program. If the file or its write-ahead log is
@@ -246,7 +254,7 @@ def open_connection(path: Path, *, read_only: bool) -> Iterator[duckdb.DuckDBPyC
     """
     require_supported_path(path)
     try:
-        connection = duckdb.connect(to_database_path(path), read_only=read_only)
+        connection = duckdb.connect(to_database_path(path), read_only=read_only, config=dict(config))
     except duckdb.Error as error:
         raise_if_disk_full(error, path)
         raise_if_damaged(error, path)
@@ -345,12 +353,6 @@ def check_format_version(connection: duckdb.DuckDBPyConnection, path: Path) -> b
         "this version could damage the file",
         f"use another folder (--data FOLDER), or replace the file from the log: {_make_repair_command(path)}",
     )
-
-
-def _disable_external_access(connection: duckdb.DuckDBPyConnection) -> None:
-    """Disable access to files, the network and extensions. Lock the configuration, so that SQL cannot enable them again."""
-    connection.execute("SET enable_external_access = false")
-    connection.execute("SET lock_configuration = true")
 
 
 def _run_query(

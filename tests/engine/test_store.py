@@ -91,6 +91,13 @@ def test_queries_can_only_read_the_tables(store, statement):
         store.query(statement)
 
 
+def test_readers_of_one_process_can_overlap(store):
+    with store.open_read_session() as first, store.open_read_session() as second:
+        assert first("SELECT 1").rows == second("SELECT 1").rows == [(1,)]
+        with pytest.raises(UsageError, match="failed"):
+            second("SET enable_external_access = true")
+
+
 def test_long_query_is_interrupted(store):
     started = time.monotonic()
     with pytest.raises(UsageError, match=r"longer than 0\.3 s"):
