@@ -8,6 +8,7 @@ os.environ["CHARTER_ALLOW_SCRIPTED"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["COLUMNS"] = "100"  # the width of tables must not depend on the terminal
 
+import gc
 import importlib.util
 from pathlib import Path
 
@@ -27,6 +28,12 @@ def pytest_configure(config):
 def pytest_unconfigure(config):
     if not hasattr(config, "workerinput"):
         remove_shared_folder()
+
+
+def pytest_collection_finish():
+    """Exclude the collected tests and the imported modules from garbage collection. trl collects garbage after each training."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture
