@@ -98,12 +98,26 @@ class KafkaOperator:
     def recreate_topics(self, *topics):
         """Delete topics and create them again with the same number of partitions.
 
-        The broker deletes a topic in the background, so the creation is repeated.
+        The broker deletes a topic in the background, so the creation is repeated. Return when the broker has the new topics: until
+        then, it would still accept records for the old ones.
         """
+        names = [self.prefix + topic for topic in topics]
         with self.connect() as admin:
             counts = {topic: len(self.list_partitions(admin, topic)) for topic in topics}
-            admin.delete_topics([self.prefix + topic for topic in topics])
+            old_ids = self._list_topic_ids(admin, names)
+            admin.delete_topics(names)
         self.create_topics(counts)
+
+        def has_new_topics():
+            with self.connect() as admin:
+                ids = self._list_topic_ids(admin, names)
+            return len(ids) == len(names) and not ids & old_ids
+
+        wait_until(has_new_topics, description="the broker has the new topics", interval_s=_POLL_INTERVAL_S)
+
+    def _list_topic_ids(self, admin, names):
+        """Return the ids of the topics that the broker knows."""
+        return {str(topic["topic_id"]) for topic in admin.describe_topics(names) if not topic["error_code"]}
 
     def create_topics(self, partition_counts: Mapping):
         pending = {self.prefix + topic: count for topic, count in partition_counts.items()}
