@@ -98,7 +98,7 @@ def _log_in(server: str, client_options: Mapping[str, Any]) -> Exception | None:
 
     try:
         net.run(connect)
-    except Exception as error:
+    except (errors.KafkaError, OSError, CharterError) as error:  # an OSError is also an error of TLS
         return error
     finally:
         manager.close()

@@ -300,15 +300,7 @@ def _make_secret_reader(bus: BusSettings, environment: Mapping[str, str]) -> Cal
     """Return a function that reads the client secret. A file is read for each token, because its content can change."""
 
     def read_secret() -> str:
-        if bus.sasl_client_secret_file:
-            return _read_secret_file("sasl_client_secret_file", bus.sasl_client_secret_file)
-        if secret := environment.get(bus.sasl_client_secret_env):
-            return secret
-        raise UsageError(
-            f"there is no secret for the client {bus.sasl_client_id}",
-            f"the environment variable {bus.sasl_client_secret_env} is not set, and bus.sasl_client_secret_file is empty",
-            f"type: export {bus.sasl_client_secret_env}=...    or: --set bus.sasl_client_secret_file=FILE",
-        )
+        return _read_secret(bus, environment, "sasl_client_secret", f"secret for the client {bus.sasl_client_id}")
 
     return read_secret
 
@@ -324,14 +316,20 @@ def _require_username(bus: BusSettings) -> str:
 
 
 def _read_password(bus: BusSettings, environment: Mapping[str, str]) -> str:
-    if bus.sasl_password_file:
-        return _read_secret_file("sasl_password_file", bus.sasl_password_file)
-    if password := environment.get(bus.sasl_password_env):
-        return password
+    return _read_secret(bus, environment, "sasl_password", f"password for the Kafka user {bus.sasl_username}")
+
+
+def _read_secret(bus: BusSettings, environment: Mapping[str, str], name: str, description: str) -> str:
+    """Return a secret from the file of the setting NAME_file, or else from the environment variable that NAME_env names."""
+    path, variable = getattr(bus, f"{name}_file"), getattr(bus, f"{name}_env")
+    if path:
+        return _read_secret_file(f"{name}_file", path)
+    if secret := environment.get(variable):
+        return secret
     raise UsageError(
-        f"there is no password for the Kafka user {bus.sasl_username}",
-        f"the environment variable {bus.sasl_password_env} is not set, and bus.sasl_password_file is empty",
-        f"type: export {bus.sasl_password_env}=...    or: --set bus.sasl_password_file=FILE",
+        f"there is no {description}",
+        f"the environment variable {variable} is not set, and bus.{name}_file is empty",
+        f"type: export {variable}=...    or: --set bus.{name}_file=FILE",
     )
 
 
