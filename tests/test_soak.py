@@ -1,0 +1,195 @@
+"""The checks of the soak test find every fault that is planted, and its generator of prompts passes the gates."""
+
+import shutil
+from collections import Counter
+
+import duckdb
+import pyarrow.parquet as parquet
+import pytest
+
+from benchmarks.soak.checks import compare_with_lake, compare_with_log, count_index_faults, count_prompt_faults
+from benchmarks.soak.processes import make_setting_flags
+from benchmarks.soak.questions import QuestionModel
+from benchmarks.soak.results import compute_limits
+from benchmarks.soak.supervision import EXPORT, SERVICES, plan_kills
+from charter.connect import connect_bus, open_store
+from engine.bus.read import read_values
+from producers.generate import GeneratorOptions, PromptGenerator
+from producers.recipe import load_recipe
+from schemas.codec import decode_record
+from schemas.records import ProducerOffset, Prompt, Response
+from tests.support.lake import LakeSource
+from tests.support.records import make_chain_end, make_preference, make_response
+
+OPTIONS = GeneratorOptions(batch_size=1, eval_fraction=0.0)
+
+
+def make_generator(bus):
+    recipe = load_recipe(make_setting_flags(bus.folder)["generate.recipe"])
+    return PromptGenerator(bus, recipe, QuestionModel(), "live", OPTIONS)
+
+
+@pytest.fixture(scope="module")
+def finished_folder(tmp_path_factory):
+    """Return a folder with two generated indexes whose prompts are finished, and with their lake."""
+    source = LakeSource(tmp_path_factory.mktemp("soak") / "data")
+    bus = connect_bus(source.settings())
+    generator = make_generator(bus)
+    for _ in range(2):
+        generator.step()
+    generator.close()
+    texts = [decode_record(value, Prompt).messages[0].content for value in read_values(bus, Prompt.topic)]
+    bus.close()
+    source.add(*(make(text) for text in texts for make in (make_response, make_end, make_judgment)))
+    source.export(source.folder.parent / "lake")
+    return source.folder.parent
+
+
+def make_end(text):
+    return make_chain_end(text, text)
+
+
+def make_judgment(text):
+    return make_preference(text, text, 0.9)
+
+
+@pytest.fixture
+def source(finished_folder, tmp_path):
+    shutil.copytree(finished_folder, tmp_path, dirs_exist_ok=True)
+    return LakeSource(tmp_path / "data")
+
+
+def count_faults(source):
+    """Return the counts that are not 0."""
+    bus = connect_bus(source.settings())
+    with duckdb.connect(str(open_store(source.settings()).path), read_only=True) as connection:
+        faults = count_index_faults(connection) | count_prompt_faults(connection) | compare_with_log(connection, bus)[0]
+        faults |= compare_with_lake(connection, source.folder.parent / "lake")[0]
+    bus.close()
+    return {name: count for name, count in faults.items() if count}
+
+
+def change_database(source, sql):
+    with duckdb.connect(str(open_store(source.settings()).path)) as connection:
+        connection.execute(sql)
+
+
+def read_records(source, record_class):
+    bus = connect_bus(source.settings())
+    records = [decode_record(value, record_class) for value in read_values(bus, record_class.topic)]
+    bus.close()
+    return records
+
+
+def test_nothing_is_found_without_a_fault(source):
+    assert count_faults(source) == {}
+
+
+IN_PREFERENCES = "record_id = (SELECT min(record_id) FROM raw.preferences)"
+
+
+@pytest.mark.parametrize(
+    ("sql", "faults"),
+    [
+        (
+            "DELETE FROM raw.responses WHERE record_id = (SELECT min(record_id) FROM raw.responses)",
+            {"prompts_without_response": 1, "records_missing_in_database": 1, "lake_rows_not_in_database": 1},
+        ),
+        (
+            f"INSERT INTO raw.preferences SELECT * FROM raw.preferences WHERE {IN_PREFERENCES}",
+            {"prompts_with_several_judgments": 1, "rows_not_on_the_log": 1, "rows_missing_in_lake": 1},
+        ),
+        (
+            f"UPDATE raw.preferences SET p_a = 0.8 WHERE {IN_PREFERENCES}",
+            {"rows_missing_in_lake": 1, "lake_rows_not_in_database": 1},
+        ),
+        (
+            f"UPDATE raw.preferences SET messages = [{{role: 'user', content: 'x'}}] WHERE {IN_PREFERENCES}",
+            {"rows_missing_in_lake": 1, "lake_rows_not_in_database": 1},
+        ),
+        (
+            "UPDATE raw.critiques SET final = false WHERE record_id = (SELECT min(record_id) FROM raw.critiques)",
+            {"prompts_without_chain_end": 1, "rows_missing_in_lake": 1, "lake_rows_not_in_database": 1},
+        ),
+        (
+            "DELETE FROM raw.producer_offsets WHERE next_line = 1",
+            {
+                "indexes_lost": 1,
+                "indexes_with_other_prompts": 2,
+                "records_missing_in_database": 1,
+                "lake_rows_not_in_database": 1,
+            },
+        ),
+        ("ALTER TABLE raw.grades ADD COLUMN extra INTEGER", {}),  # a table without rows needs no files
+    ],
+)
+def test_a_fault_in_the_database_is_found(source, sql, faults):
+    change_database(source, sql)
+    assert count_faults(source) == faults
+
+
+def test_a_record_that_is_on_the_log_twice_is_found(source):
+    source.add(read_records(source, Response)[0])
+    source.export(source.folder.parent / "lake")
+    assert count_faults(source) == {"record_ids_doubled_on_the_log": 1, "prompts_with_several_responses": 1}
+
+
+def test_an_index_that_was_published_twice_is_found(source):
+    bus = connect_bus(source.settings())
+    generator = make_generator(bus)
+    generator.read_log()
+    again = generator.sample(0).prompts  # another process writes other texts
+    bus.close()
+    texts = [prompt.messages[0].content for prompt in again]
+    source.add(*again, read_records(source, ProducerOffset)[0])
+    source.add(*(make(text) for text in texts for make in (make_response, make_end, make_judgment)))
+    source.export(source.folder.parent / "lake")
+    assert count_faults(source) == {"indexes_doubled": 1, "indexes_with_other_prompts": 1}
+
+
+def test_files_that_the_lake_lacks_or_has_twice_are_found(source):
+    (path,) = (source.folder.parent / "lake/prompts").rglob("*.parquet")
+    num_prompts = len(read_records(source, Prompt))
+    shutil.copyfile(path, path.with_name("copy.parquet"))
+    assert count_faults(source) == {"lake_rows_not_in_database": num_prompts}
+    path.with_name("copy.parquet").unlink()
+    path.unlink()
+    assert count_faults(source) == {"rows_missing_in_lake": num_prompts}
+
+
+def test_a_column_that_the_lake_lacks_is_found(source):
+    (path,) = (source.folder.parent / "lake/prompts").rglob("*.parquet")
+    rows = parquet.read_table(path, partitioning=None)
+    parquet.write_table(rows.drop_columns(["source"]), path)
+    assert count_faults(source) == {"lake_columns_that_differ": 1}
+
+
+def test_prompts_of_the_generator_are_rejected_only_for_planned_reasons(bus):
+    generator = make_generator(bus)
+    generator.read_log()
+    sampled = [generator.sample(index) for index in range(40)]
+    rejected = sum((Counter(one.count_rejected()) for one in sampled), Counter())
+    assert set(rejected) == {"duplicate", "not_a_request"}
+    assert sum(len(one.prompts) for one in sampled) > 4 * rejected.total()
+    assert {prompt.source for one in sampled for prompt in one.prompts} == {"benign", "red-team"}
+
+
+def test_kills_are_spread_over_the_processes_and_the_time():
+    kills = plan_kills(10, 60, 600)
+    assert Counter(name for _, name in kills) == {"stream": 3, "trainer": 3, "generator": 2, EXPORT: 2}
+    assert [at for at, _ in kills] == sorted(at for at, _ in kills if 60 <= at <= 600)
+    assert {name for _, name in kills} == {*SERVICES, EXPORT}
+
+
+@pytest.mark.parametrize(
+    ("dropped", "trained", "num_starved", "held"),
+    [
+        (0.1, 0.75, 0, [True, True, True]),
+        (0.11, 0.75, 0, [False, True, True]),
+        (0.0, 0.74, 0, [True, False, True]),
+        (0.0, 0.8, 1, [True, True, False]),
+    ],
+)
+def test_each_limit_is_checked(dropped, trained, num_starved, held):
+    limits = compute_limits({"dropped": dropped, "trained": trained}, num_starved, 12.0)
+    assert [limit["holds"] for limit in limits.values()] == held
