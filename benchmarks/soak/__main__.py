@@ -78,10 +78,16 @@ def main() -> None:
     if options.process:
         _PROCESSES[options.process](options.data.resolve(), changes)
         return
+    if (options.data / "data").exists():
+        parser.error(
+            f"{options.data} has the data of another test; its records would be counted too; give another folder: --data FOLDER"
+        )
     stop = stop_on_signals()
     options.data.mkdir(parents=True, exist_ok=True)
     if not (options.data / "base").exists():
         _train_base_model(options.data / "base")
+    if stop.is_set():
+        sys.exit("stopped before the processes were started")
     soak = SoakTest(options.data.resolve(), changes)
     exit_codes = run_processes(soak, options.minutes, options.kills, stop)
     drain_log(soak)
