@@ -20,6 +20,7 @@ from schemas.codec import decode_record
 from schemas.records import ProducerOffset, Prompt, Response
 from tests.support.lake import LakeSource
 from tests.support.records import make_chain_end, make_preference, make_response
+from trainer.phases import make_score
 
 OPTIONS = GeneratorOptions(batch_size=1, eval_fraction=0.0)
 
@@ -102,7 +103,12 @@ def select_first(table):
         ),
         (
             [f"INSERT INTO raw.preferences SELECT * FROM raw.preferences WHERE {select_first('preferences')}"],
-            {"prompts_with_several_judgments": 1, "rows_not_on_the_log": 1, "rows_missing_in_lake": 1},
+            {
+                "prompts_with_several_judgments": 1,
+                "record_ids_doubled_in_tables": 1,
+                "rows_not_on_the_log": 1,
+                "rows_missing_in_lake": 1,
+            },
         ),
         (
             [
@@ -136,6 +142,17 @@ def test_an_index_and_a_record_that_are_on_the_log_twice_are_found(source):
         "record_ids_doubled_on_the_log": 1,
         "prompts_with_several_responses": 1,
     }
+
+
+def test_scores_of_a_resumed_batch_are_no_fault_if_their_content_is_the_same(source):
+    response = read_records(source, Response)[0]
+    row = {"response_id": response.record_id, "completion_index": 0, "prompt_id": response.prompt_id, "policy_version": 0}
+    source.add(*(make_score(row, "live", 1, 0.5, 0.1) for _ in range(2)))
+    source.export(source.folder.parent / "lake")
+    assert count_faults(source) == {}
+    source.add(make_score(row, "live", 1, 0.6, 0.1))
+    source.export(source.folder.parent / "lake")
+    assert count_faults(source) == {"repeated_records_with_other_content": 1}
 
 
 def test_faults_in_the_files_of_the_lake_are_found(source):

@@ -16,7 +16,7 @@ from engine.bus.port import Bus
 from engine.bus.read import read_topic
 from engine.tables import list_columns
 from schemas.codec import RecordError, decode_record
-from schemas.records import ProducerOffset
+from schemas.records import DroppedRollout, ProducerOffset, Score
 from schemas.topics import TOPICS, TopicSpec
 
 # A killed generator repeats an index. For each index there must be one position and the prompts that the position counts.
@@ -36,6 +36,9 @@ _INDEX_QUERIES = {
         SELECT count(*) FROM expected FULL JOIN found USING (index)
         WHERE coalesce(expected.num_prompts, 0) <> coalesce(found.num_prompts, 0)""",
 }
+# A trainer that was killed resumes its unfinished batch, and publishes these records of the batch again. They have the same ids, so
+# the sink marks them as duplicates, and the tables have each of them once.
+_REPEATED_RECORDS = (Score, DroppedRollout)
 # The records of which each prompt must have exactly one. With two completions, a prompt has one pair to judge.
 _OUTCOMES = {
     "response": "SELECT prompt_id FROM raw.responses",
@@ -59,26 +62,34 @@ def count_prompt_faults(connection: duckdb.DuckDBPyConnection) -> dict[str, int]
     return faults
 
 
-def compare_with_log(connection: duckdb.DuckDBPyConnection, bus: Bus) -> tuple[dict[str, int], int]:
-    """Compare the records of all topics with the rows of their tables. Return the counts of faults and the number of records.
+def compare_with_log(connection: duckdb.DuckDBPyConnection, bus: Bus) -> tuple[dict[str, int], dict[str, int]]:
+    """Compare the records of all topics with the rows of their tables. Return the counts of faults, and of records.
 
     A record and its row have the same partition, offset and record id.
     """
-    faults = {"records_missing_in_database": 0, "rows_not_on_the_log": 0, "record_ids_doubled_on_the_log": 0}
-    num_records = 0
+    faults = {
+        "records_missing_in_database": 0, "rows_not_on_the_log": 0, "record_ids_doubled_on_the_log": 0, "record_ids_doubled_in_tables": 0,
+        "repeated_records_with_other_content": 0,
+    }  # fmt: skip
+    sizes = {"records": 0, "records_repeated_by_resumed_batches": 0}
     for spec in TOPICS.values():
         log = _read_record_ids(bus, spec)
-        num_records += len(log)
+        sizes["records"] += len(log)
         connection.register("log", log)
         rows = f"SELECT _partition, _offset, record_id::VARCHAR AS record_id FROM raw.{spec.table}"
         records = "SELECT _partition, _offset, record_id FROM log"
+        doubled = "SELECT count(*) - count(DISTINCT record_id) FROM"
         faults["records_missing_in_database"] += _count(connection, f"SELECT count(*) FROM ({records} EXCEPT ALL {rows})")
         faults["rows_not_on_the_log"] += _count(connection, f"SELECT count(*) FROM ({rows} EXCEPT ALL {records})")
-        if spec.record_class is not ProducerOffset:  # all positions of a producer have the same id
-            doubled = "SELECT count(*) - count(DISTINCT record_id) FROM log"
-            faults["record_ids_doubled_on_the_log"] += _count(connection, doubled)
+        faults["record_ids_doubled_in_tables"] += _count(connection, f"{doubled} {spec.table}")
+        if spec.record_class in _REPEATED_RECORDS:
+            sizes["records_repeated_by_resumed_batches"] += _count(connection, f"{doubled} log")
+            mismatches = f"SELECT count(*) FROM raw.{spec.table} WHERE content_mismatch"
+            faults["repeated_records_with_other_content"] += _count(connection, mismatches)
+        elif spec.record_class is not ProducerOffset:  # all positions of a producer have the same id
+            faults["record_ids_doubled_on_the_log"] += _count(connection, f"{doubled} log")
         connection.unregister("log")
-    return faults, num_records
+    return faults, sizes
 
 
 def _read_record_ids(bus: Bus, spec: TopicSpec) -> pa.Table:

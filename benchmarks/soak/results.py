@@ -95,7 +95,7 @@ def compute_result(soak: SoakTest, exit_codes: Mapping[str, int]) -> dict[str, A
     """Return the results. `failed` names everything that is not as in a test that passes."""
     store, bus = open_store(soak.settings), open_bus_from_settings(soak.settings)
     with duckdb.connect(str(store.path), read_only=True) as connection:  # the store cannot be used at the same time
-        log_faults, num_records = compare_with_log(connection, bus)
+        log_faults, log_sizes = compare_with_log(connection, bus)
         lake_faults, lake_sizes = compare_with_lake(connection, soak.lake)
         record_faults = count_index_faults(connection) | count_prompt_faults(connection)
     bus.close()
@@ -114,7 +114,7 @@ def compute_result(soak: SoakTest, exit_codes: Mapping[str, int]) -> dict[str, A
         "kills": dict(soak.kills),
         "must_be_0": zeros,
         "limits": limits,
-        "records": num_records,
+        **log_sizes,
         **lake_sizes,
         "exports": soak.num_exports,
         "failed_exports": soak.num_failed_exports,
