@@ -2,6 +2,7 @@
 
 import shutil
 from collections import Counter
+from datetime import UTC, datetime, timedelta
 
 import duckdb
 import pyarrow.parquet as parquet
@@ -10,16 +11,17 @@ import pytest
 from benchmarks.soak.checks import compare_with_lake, compare_with_log, count_index_faults, count_prompt_faults
 from benchmarks.soak.processes import make_setting_flags
 from benchmarks.soak.questions import QuestionModel
-from benchmarks.soak.results import compute_limits
+from benchmarks.soak.results import compute_limits, count_starved_updates
 from benchmarks.soak.supervision import EXPORT, SERVICES, plan_kills
 from charter.connect import connect_bus, open_store
 from engine.bus.read import read_values
 from producers.generate import GeneratorOptions, PromptGenerator
 from producers.recipe import load_recipe
+from schemas import ids
 from schemas.codec import decode_record
-from schemas.records import ProducerOffset, Prompt, Response
+from schemas.records import BatchManifest, Pause, PolicyKind, PolicyUpdate, ProducerOffset, Prompt, Response
 from tests.support.lake import LakeSource
-from tests.support.records import make_chain_end, make_preference, make_response
+from tests.support.records import RecordDatabase, make_chain_end, make_preference, make_response
 from trainer.phases import make_score
 
 OPTIONS = GeneratorOptions(batch_size=1, eval_fraction=0.0)
@@ -199,3 +201,35 @@ def test_kills_are_spread_over_the_processes_and_the_time():
 def test_each_limit_is_checked(dropped, trained, num_starved, held):
     limits = compute_limits({"dropped": dropped, "trained": trained}, num_starved, 12.0)
     assert [limit["holds"] for limit in limits.values()] == held
+
+
+def make_training_record(record_class, at_s, **values):
+    """Return a record of the trainer that was made some seconds after a fixed time."""
+    fields = {"record_id": ids.compute_id(record_class.topic, at_s), "run_id": "r", "stage": "train", "phase": "ppo"}
+    return record_class(**fields, created_at=datetime(2026, 11, 28, tzinfo=UTC) + timedelta(seconds=at_s), **values)
+
+
+def make_batch(at_s):
+    values = {"record_ids": [], "content_hash": "", "commit_seq_from": 0, "commit_seq_to": 0, "base_policy_version": 0}
+    return make_training_record(BatchManifest, at_s, batch_number=at_s, **values)
+
+
+def make_reward_model(at_s):
+    values = {"version": 1, "uri": "", "content_hash": "", "base_version": 0, "batch_id": ids.compute_id("batch")}
+    return make_training_record(PolicyUpdate, at_s, kind=PolicyKind.REWARD, **values)
+
+
+@pytest.mark.parametrize(
+    ("times", "pauses", "expected"),
+    [
+        ([0, 500, 600], [], (0, 100.0)),  # before the first reward model, RL cannot train
+        ([450, 600, 1000], [], (1, 400.0)),
+        ([450, 600, 1000], [(True, 700), (False, 800)], (0, 150.0)),
+        ([450, 600, 1000], [(True, 500), (False, 550)], (1, 400.0)),
+    ],
+)
+def test_starved_updates_are_counted(tmp_path, times, pauses, expected):
+    database = RecordDatabase(tmp_path / "charter.duckdb")
+    database.add(make_reward_model(400), *map(make_batch, times))
+    database.add(*(make_training_record(Pause, at_s, paused=paused) for paused, at_s in pauses))
+    assert count_starved_updates(database.store) == expected

@@ -107,7 +107,7 @@ def compute_result(soak: SoakTest, exit_codes: Mapping[str, int]) -> dict[str, A
         **{f"exit_code_of_{name}": code for name, code in exit_codes.items()},
     }
     shares = _compute_rollout_shares(store)
-    limits = compute_limits(shares["completion_shares_since_the_first_reward_model"], *_count_starved_updates(store))
+    limits = compute_limits(shares["completion_shares_since_the_first_reward_model"], *count_starved_updates(store))
     failed = [name for name, value in zeros.items() if value] + [name for name, limit in limits.items() if not limit["holds"]]
     return {
         "minutes": round(soak.get_elapsed_s() / 60, 1),
@@ -152,7 +152,7 @@ def compute_limits(shares: Mapping[str, float], num_starved: int, longest_wait_s
     }
 
 
-def _count_starved_updates(store: Store) -> tuple[int, float]:
+def count_starved_updates(store: Store) -> tuple[int, float]:
     """Return the number of starved updates since the first reward model, and the longest time without a new batch in seconds."""
     ((num_starved, longest_s),) = store.query(_STARVED_SQL, {"limit": _STARVATION_S}, limit_s=60.0).rows
     return int(num_starved), float(longest_s)
