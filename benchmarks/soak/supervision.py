@@ -20,7 +20,7 @@ from pathlib import Path
 from benchmarks.soak.processes import ROOT, load_soak_settings, make_setting_flags
 from charter.connect import open_bus_from_settings, open_store
 from charter.lag import read_sink_offsets
-from engine.errors import StoreBusy
+from engine.errors import DependencyUnreachable
 from engine.settings import Settings
 from schemas.topics import TOPICS
 
@@ -215,7 +215,8 @@ class SoakTest:
                 threading.Event().wait(_DRAIN_POLL_INTERVAL_S)
             try:
                 now = self.count_unfinished()
-            except StoreBusy:
+            except DependencyUnreachable as error:
+                print(f"{self.get_elapsed_s():.0f} s: prompts are not counted: {error.what}: {error.why}", flush=True)
                 continue
             if now != num_unfinished:
                 print(f"{self.get_elapsed_s():.0f} s: {now} prompts are not finished", flush=True)
@@ -254,8 +255,10 @@ class SoakTest:
         sql = "SELECT max(epoch(?::TIMESTAMP - since)) FROM paused_phases"
         ((paused_s,),) = open_store(self.settings).query(sql, [datetime.now(UTC).replace(tzinfo=None)], limit_s=60.0).rows
         if paused_s is not None and paused_s > _RESUME_DELAY_S:
-            subprocess.run(self.build_command("policy", "resume"), check=True, stdout=subprocess.DEVNULL)
-            self.num_resumed += 1
+            exit_code = subprocess.run(
+                self.build_command("policy", "resume"), check=False, stdout=subprocess.DEVNULL
+            ).returncode
+            self.num_resumed += exit_code == 0  # otherwise the command has printed why, and the next poll tries again
 
 
 def run_processes(soak: SoakTest, minutes: float, num_kills: int, stop: threading.Event) -> dict[str, int]:
@@ -277,7 +280,8 @@ def run_processes(soak: SoakTest, minutes: float, num_kills: int, stop: threadin
             try:
                 soak.resume_if_paused()
                 soak.snapshots.append(soak.take_snapshot())
-            except StoreBusy:
+            except DependencyUnreachable as error:
+                print(f"{soak.get_elapsed_s():.0f} s: no snapshot: {error.what}: {error.why}", flush=True)
                 continue
             print(f"{soak.snapshots[-1]}", flush=True)
         return soak.stop_processes()
