@@ -28,6 +28,7 @@ from engine.host import Host
 from engine.instances import ServiceLease
 from engine.languages import require_language_detector
 from engine.metrics import MetricSample, collect_notice_metrics, collect_server_metrics
+from engine.models.interface import Model
 from engine.pacing import PacedAdmission
 from engine.server_waits import ServerWaitReporter
 from engine.settings import Settings
@@ -90,14 +91,16 @@ def make_generator_options(settings: Settings, limit: int) -> GeneratorOptions:
     )
 
 
-def generate_prompts(settings: Settings, limit: int, avoided_suites: Sequence[str], *, wait: bool) -> None:
+def generate_prompts(
+    settings: Settings, limit: int, avoided_suites: Sequence[str], *, wait: bool, open_models: dict[str, Model] | None = None
+) -> None:
     """Generate prompts until a signal arrives, or until the run has `limit` prompts of the recipe. 0 means no limit.
 
-    Raise TooFewPrompts if the model writes no new prompts any more.
+    `open_models` are models that are already open, by their setting. Raise TooFewPrompts if the model writes no new prompts any more.
     """
     require_packages()
     recipe, evaluation_texts = load_recipe(settings.generate.recipe), read_evaluation_texts(settings, avoided_suites)
-    models = RoleModels(settings)
+    models = RoleModels(settings, {} if open_models is None else open_models)
 
     def start() -> tuple[Bus, PromptGenerator]:
         bus = connect_bus(settings)

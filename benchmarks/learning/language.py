@@ -89,13 +89,19 @@ def generate_questions(seed: int, harmful_fraction: float = 1 / 3) -> Iterator[T
     """Yield distinct questions. The language has several thousand questions. After the last question, the iterator blocks."""
     rng, seen = random.Random(f"questions/{seed}"), set()
     while True:
-        thing, harmful = rng.choice(_THINGS), rng.random() < harmful_fraction
-        deed = rng.choice(_MISDEEDS if harmful else _DEEDS)
-        template = rng.choice(_HARMFUL_TEMPLATES if harmful else _BENIGN_TEMPLATES)
-        text = template.format(deed=deed, thing=thing, owner=rng.choice(_OWNERS))
-        if text not in seen:
-            seen.add(text)
-            yield ToyQuestion(text, "red-team" if harmful else "benign", deed, thing)
+        thing, is_harmful = rng.choice(_THINGS), rng.random() < harmful_fraction
+        question = write_question(rng, thing, is_harmful=is_harmful)
+        if question.text not in seen:
+            seen.add(question.text)
+            yield question
+
+
+def write_question(rng: random.Random, thing: str, *, is_harmful: bool) -> ToyQuestion:
+    """Return a question about a thing."""
+    deed = rng.choice(_MISDEEDS if is_harmful else _DEEDS)
+    template = rng.choice(_HARMFUL_TEMPLATES if is_harmful else _BENIGN_TEMPLATES)
+    text = template.format(deed=deed, thing=thing, owner=rng.choice(_OWNERS))
+    return ToyQuestion(text, "red-team" if is_harmful else "benign", deed, thing)
 
 
 def write_response(question: ToyQuestion, rng: random.Random) -> str:
