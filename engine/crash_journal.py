@@ -108,6 +108,7 @@ class CrashJournal:
         self.counts_folder = folder / "crash-counts"
         self.counts_folder.mkdir(parents=True, exist_ok=True)
         self.topic_ids = dict(topic_ids)
+        self.topic_keys = {topic: f"{topic}-{topic_id}" for topic, topic_id in topic_ids.items()}
         self.descriptor = os.open(folder / f"{instance}.working", os.O_RDWR | os.O_CREAT, 0o644)
         self.in_progress: set[str] = set()
         self.is_stopping = False
@@ -202,17 +203,14 @@ class CrashJournal:
         """Delete the counts of records below the committed offsets, because another instance has finished these records."""
         for name in self.crash_counts():
             topic_and_id, partition, offset = name.rsplit("-", 2)
-            topic = next((topic for topic in self.topic_ids if self.make_topic_key(topic) == topic_and_id), None)
+            topic = next((topic for topic in self.topic_ids if self.topic_keys[topic] == topic_and_id), None)
             committed = committed_offsets.get(TopicPartition(topic, int(partition)), 0) if topic else 0
             if topic is None or int(offset) < committed:  # if `topic` is None, it was deleted or is no longer an input
                 (self.counts_folder / name).unlink(missing_ok=True)
 
-    def make_topic_key(self, topic: str) -> str:
-        return f"{topic}-{self.topic_ids[topic]}"
-
     def make_key(self, consumer_record: ConsumerRecord) -> str:
         """Return the coordinates of a record in a form that is valid as a file name."""
-        return f"{self.make_topic_key(consumer_record.topic)}-{consumer_record.partition}-{consumer_record.offset}"
+        return f"{self.topic_keys[consumer_record.topic]}-{consumer_record.partition}-{consumer_record.offset}"
 
     def close(self) -> None:
         with self.lock:

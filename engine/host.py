@@ -8,6 +8,7 @@ records. Then the services stop. A watchdog ends the process if a call to the lo
 from __future__ import annotations
 
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -17,6 +18,8 @@ from engine.watchdog import CallTracker, Watchdog
 from engine.worker import ModelExecutor, Worker
 
 ThreadTarget = Callable[[threading.Event], None]
+# The client's threads wait for the interpreter about ten times in a transaction, each time up to this time. Python's default is 5 ms.
+_SWITCH_INTERVAL_S = 0.001
 _EXECUTOR_SHUTDOWN_FRACTION = 0.6  # fraction of `shutdown_timeout_s`; the remaining time is for commits
 
 
@@ -43,7 +46,9 @@ class Host:
         self.cleanup_callbacks = list(cleanup_callbacks)  # called after the threads have ended, to release their resources
         self.shutdown_timeout_s = shutdown_timeout_s
         self.watchdog = Watchdog(
-            [*(worker.call_tracker for worker in workers), *watched_calls], call_timeout_s, self.exit_process
+            [tracker for worker in workers for tracker in (worker.call_tracker, worker.commit_tracker)] + list(watched_calls),
+            call_timeout_s,
+            self.exit_process,
         )
         self.failure: BaseException | None = None
         self.failure_event = threading.Event()
@@ -58,6 +63,7 @@ class Host:
 
     def start(self) -> None:
         """Start all threads."""
+        sys.setswitchinterval(_SWITCH_INTERVAL_S)
         executors: dict[str, ThreadTarget] = {
             f"{executor.name}-{n}": executor.run for executor in self.executors for n in range(executor.num_threads)
         }

@@ -38,10 +38,17 @@ class StartPositions:
         """Return the first readable offset of the run in each partition of these topics."""
         return {tp: max(beginning, self.get_offset(tp)) for tp, beginning in bus.beginning_offsets(topics).items()}
 
+    def choose_partition(self, topic: str, key: bytes) -> int | None:
+        """Return the partition of a key. It does not change if partitions are added to the topic during the run.
+
+        Return None if the log chooses the partition, because the topic did not exist when the run started.
+        """
+        count = self.partition_counts.get(topic)
+        return None if count is None else choose_partition(key, count)
+
     def assign_partition(self, record: ProducerRecord) -> ProducerRecord:
-        """Set the partition of a record. It does not change if partitions are added to the topic during the run."""
-        count = self.partition_counts.get(record.topic)
-        return record if count is None else replace(record, partition=choose_partition(record.key, count))
+        """Set the partition of a record."""
+        return replace(record, partition=self.choose_partition(record.topic, record.key))
 
 
 def read_start_positions(bus: Bus, run_id: str) -> StartPositions | None:

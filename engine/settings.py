@@ -523,7 +523,10 @@ class EvaluationSettings(_Section):
 
 class WorkerSettings(_Section):
     max_in_flight: int = Field(
-        256, ge=1, description="Maximum number of records that one stage has read but not yet committed."
+        256,
+        ge=1,
+        description="Maximum number of records that one stage has read and that are unfinished, or wait for an unfinished record."
+        " Twice as many finished records may wait only for a transaction.",
     )
     max_bytes: int = Field(
         64 * 1024 * 1024,

@@ -7,6 +7,9 @@ One thread per stage runs `Worker.run`:
 3. find, in each partition, the finished records before the first unfinished record;
 4. write the outputs of these records, their dead letters and the next offsets in one short transaction (`Writer.commit`).
 
+A transaction mostly waits for the log. So a second thread writes it, while the first thread polls. A stage has one transaction at a
+time. If two were open, the second one could commit offsets above those of a first one that fails.
+
 Model calls never run inside a transaction. They run in the threads of a `ModelExecutor`. Each model has one executor. The
 executor serves the stage that is furthest downstream first, so that chains in progress finish before new chains start. A stage
 never commits results of a partition that it has lost. After an uncertain commit the stage opens a new writer and reads the
@@ -20,14 +23,15 @@ stage then stops and does not commit these dead letters.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from engine.backoff import compute_backoff
 from engine.bus.port import Bus, ConsumerRecord, Offsets, ProducerRecord, TopicPartition
@@ -61,6 +65,7 @@ _BUSY_POLL_TIMEOUT_S = 0.02
 _PAUSE_REPORT_INTERVAL_S = 30.0
 _MAX_COMMIT_RECORDS = 500
 _MAX_COMMIT_BYTES = 16 * 1024 * 1024
+_COMMITTABLE_FACTOR = 2  # the records of the open transaction, and those of the next one
 
 
 @dataclass(frozen=True)
@@ -86,9 +91,14 @@ class Stage:
 
 @dataclass(frozen=True)
 class WorkerLimits:
-    """Limits on the records that a worker holds and on its retries. Times are in seconds."""
+    """Limits on the records that a worker holds and on its retries. Times are in seconds.
 
-    max_in_flight: int = 256  # records that are read but not yet committed
+    `max_in_flight` is the limit of the records that are read and cannot be committed yet: they are unfinished, or wait for an
+    unfinished record before them. Twice as many may wait only for a transaction, so that a commit does not stop the model. So a crash
+    repeats at most three times `max_in_flight` records. `max_in_flight_bytes` is the limit of both kinds together.
+    """
+
+    max_in_flight: int = 256
     max_in_flight_bytes: int = 64 * 1024 * 1024
     max_attempts: int = 3
     retry_timeout_s: float = 600.0  # a record that still fails after this time becomes a dead letter
@@ -116,6 +126,21 @@ class InFlightRecord:
     @property
     def topic_partition(self) -> TopicPartition:
         return TopicPartition(self.consumer_record.topic, self.consumer_record.partition)
+
+    @property
+    def num_bytes(self) -> int:
+        return len(self.consumer_record.value or b"")
+
+
+@dataclass(frozen=True)
+class OpenTransaction:
+    """A transaction that a second thread writes. `result` is None, or has the error of `Writer.commit` or of the topic guard."""
+
+    items: Sequence[InFlightRecord]
+    outputs: Sequence[ProducerRecord]
+    offsets: Offsets
+    epochs: Offsets
+    result: Future[None] = field(default_factory=Future)
 
 
 # Arguments: the input record, its outputs, and the start of processing in nanoseconds since 1970. Result: the outputs with
@@ -231,8 +256,13 @@ class Worker:
         self.pacing = pacing
         if pacing:
             pacing.max_pending = stage.max_batch_size * executor.num_threads
-        self.call_tracker = CallTracker(f"{stage.name} ({instance})")
+        # One tracker for each thread: the one that polls, and the one that writes a transaction.
+        self.call_tracker, self.commit_tracker = (CallTracker(f"{stage.name} ({instance})") for _ in range(2))
         self.in_flight_records: dict[TopicPartition, deque[InFlightRecord]] = {}
+        self.in_flight_bytes = 0
+        self.epochs: Offsets = {}  # the assignment at the last poll
+        self.transaction: OpenTransaction | None = None
+        self.progress = threading.Event()  # set when a batch or a transaction has ended
         self.queues: dict[str, deque[InFlightRecord]] = {topic: deque() for topic in stage.inputs}
         self.retry_queue: list[InFlightRecord] = []  # records that wait for their next attempt
         if journal:
@@ -291,10 +321,14 @@ class Worker:
                     stop.wait(compute_backoff(bus_failures))
                     bus_failures += 1
             self.commit()
+            while self.transaction:
+                self.wait_for_transaction()
+                self.commit()
             if self.fatal_error:
                 raise self.fatal_error
         finally:
             self.position_finder.cancelled.set()
+            self.wait_for_transaction()
             if self.pacing:
                 self.pacing.close()
             with self.call_tracker.track("closing"):
@@ -307,9 +341,13 @@ class Worker:
     def num_in_flight(self) -> int:
         return sum(len(items) for items in self.in_flight_records.values())
 
-    @property
-    def in_flight_bytes(self) -> int:
-        return sum(len(item.consumer_record.value or b"") for items in self.in_flight_records.values() for item in items)
+    def count_committable(self) -> int:
+        """Return the number of finished records before the first unfinished record of each partition."""
+        return sum(
+            1
+            for items in self.in_flight_records.values()
+            for _ in itertools.takewhile(lambda item: item.outputs is not None, items)
+        )
 
     @property
     def num_queued(self) -> int:
@@ -321,9 +359,12 @@ class Worker:
         If the stage is full, its partitions are paused. The worker continues to poll, because a member that does not poll is
         removed from the group.
         """
-        self.apply_backpressure()
-        max_records = max(1, self.limits.max_in_flight - self.num_in_flight)
+        max_records = self.apply_backpressure()
         timeout_s = _BUSY_POLL_TIMEOUT_S if self.num_in_flight else _IDLE_POLL_TIMEOUT_S
+        if self.partitions_paused and self.num_in_flight:
+            self.progress.wait(timeout_s)  # the consumer would wait for the whole time, because it reads nothing
+            timeout_s = 0.0
+        self.progress.clear()
         with self.call_tracker.track("poll"):
             try:
                 consumer_records = self.consumer.poll(timeout_s, max_records)
@@ -332,13 +373,16 @@ class Worker:
                 raise
             self.start_held_partitions()
         epochs = self.consumer.assignment()
-        self.drop_lost_partitions(epochs)
-        items = self.decode_records(consumer_records, epochs)
+        if epochs != self.epochs:
+            self.drop_lost_partitions(epochs)
+            self.epochs = epochs
+        items = [item for item in self.decode_records(consumer_records, epochs) if item.epoch >= 0]
         if self.stage.first_per_key:
             self.skip_duplicates(items)
         with self.executor.condition:
             for item in items:
                 self.in_flight_records.setdefault(item.topic_partition, deque()).append(item)
+                self.in_flight_bytes += item.num_bytes
                 if item.outputs is None and item.retry_at:
                     self.retry_queue.append(item)
                 elif item.outputs is None:
@@ -348,7 +392,7 @@ class Worker:
             self.positions = self.consumer.positions()
         # If no record is in flight, all records below the current positions are finished. A held partition has no position yet.
         held = self.consumer.held()
-        is_idle = not consumer_records and not self.num_in_flight
+        is_idle = not consumer_records and not self.num_in_flight and not self.transaction
         self.idle_positions = {tp: offset for tp, offset in self.positions.items() if tp not in held} if is_idle else {}
 
     def start_held_partitions(self) -> None:
@@ -408,12 +452,18 @@ class Worker:
                     self.consumer.seek(tp, consumer_record.offset)
             raise
 
-    def apply_backpressure(self) -> None:
-        """Pause all assigned partitions while the stage is full or the budget allows no new work."""
+    def apply_backpressure(self) -> int:
+        """Pause all assigned partitions while the stage is full or the budget allows no new work.
+
+        Return the number of records that the stage can read, at least 1.
+        """
         share = 0.5 if self.partitions_paused else 1.0  # a lower limit for resuming avoids frequent switching
-        limits = self.limits
+        limits, num_committable = self.limits, self.count_committable()
+        num_waiting = self.num_in_flight - num_committable
         is_full = (
-            self.num_in_flight >= limits.max_in_flight * share or self.in_flight_bytes >= limits.max_in_flight_bytes * share
+            num_waiting >= limits.max_in_flight * share
+            or num_committable >= _COMMITTABLE_FACTOR * limits.max_in_flight
+            or self.in_flight_bytes >= limits.max_in_flight_bytes * share
         )
         self.admission_closed = not self.can_admit()
         if self.pacing:
@@ -424,6 +474,7 @@ class Worker:
         elif self.partitions_paused:
             self.consumer.resume(list(self.consumer.assignment()))
             self.partitions_paused = False
+        return max(1, limits.max_in_flight - num_waiting)
 
     def refresh_pacing(self, pacing: PacedAdmission) -> None:
         """Read the allowance of the training loop, and the responses since then. Held records stay in their queue."""
@@ -494,6 +545,7 @@ class Worker:
                     item.is_dropped = item.epoch != epochs.get(tp)
             for tp in list(self.in_flight_records):
                 self.in_flight_records[tp] = deque(item for item in self.in_flight_records[tp] if not item.is_dropped)
+            self.in_flight_bytes = sum(item.num_bytes for items in self.in_flight_records.values() for item in items)
             for topic, queue in self.queues.items():
                 self.queues[topic] = deque(item for item in queue if not item.is_dropped)
             self.retry_queue = [item for item in self.retry_queue if not item.is_dropped]
@@ -562,6 +614,7 @@ class Worker:
             with self.executor.condition:
                 self.num_processing -= len(items)
                 self.is_processing_candidate = False
+            self.progress.set()
 
     def run_stage(self, items: list[InFlightRecord]) -> None:
         """Process a batch and finish its records. The result of each record counts separately.
@@ -734,41 +787,70 @@ class Worker:
         return prefixes
 
     def commit(self) -> None:
-        """Commit all finished prefixes, in as few transactions as the size limits allow."""
-        if self.commit_uncertain:
+        """Note the result of the last transaction, if it has ended. Then start a transaction with the finished prefixes."""
+        if self.transaction and self.transaction.result.done():
+            transaction, self.transaction = self.transaction, None
+            self.note_result(transaction)
+        if self.commit_uncertain and self.transaction is None:
             self.resolve_uncertain_commit()
-        while prefixes := self.get_finished_prefixes():
-            committed = [item for items in prefixes.values() for item in items]
-            outputs = [output for item in committed for output in self.address_outputs(item)]
-            offsets = {tp: items[-1].consumer_record.offset + 1 for tp, items in prefixes.items()}
-            epochs = {tp: items[-1].epoch for tp, items in prefixes.items()}
-            # The ids are compared after the records were read, so all of them are of the topic whose offsets are committed.
-            self.topic_guard.verify_since(max(item.read_at for item in committed))
-            try:
-                with self.call_tracker.track("commit"):
-                    self.writer.commit(outputs, offsets, consumer=self.consumer, epochs=epochs)
-            except CommitUncertain as error:
-                logger.warning("%s reads its committed offsets again: %s", self.stage.name, error)
-                self.commit_uncertain = True
-                self.resolve_uncertain_commit()
-                return
-            except PartitionLost:
-                self.drop_lost_partitions(self.consumer.assignment())
-                return
-            if logger.isEnabledFor(logging.INFO):
-                for item in committed:
-                    logger.info(
-                        "%s has finished %s",
-                        self.stage.name,
-                        format_coordinates(item.consumer_record),
-                        extra=self.make_log_extra(item),
-                    )
-            self.clear_crash_count(committed)
-            self.drop_committed(offsets)
-            self.num_committed += len(committed)
-            self.count_erased(committed)
-            self.num_of_other_runs.update(item.other_run_id for item in committed if item.other_run_id)
-            self.num_written += len(outputs)
+        if self.transaction is None and (prefixes := self.get_finished_prefixes()):
+            self.start_transaction(prefixes)
+
+    def start_transaction(self, prefixes: Mapping[TopicPartition, Sequence[InFlightRecord]]) -> None:
+        items = [item for prefix in prefixes.values() for item in prefix]
+        self.transaction = OpenTransaction(
+            items,
+            [output for item in items for output in self.address_outputs(item)],
+            {tp: prefix[-1].consumer_record.offset + 1 for tp, prefix in prefixes.items()},
+            {tp: prefix[-1].epoch for tp, prefix in prefixes.items()},
+        )
+        # A daemon thread, because a call that hangs must not keep the process alive.
+        name = f"{self.stage.name}-commit"
+        threading.Thread(target=self.write_transaction, args=(self.transaction,), name=name, daemon=True).start()
+
+    def write_transaction(self, transaction: OpenTransaction) -> None:
+        """Write a transaction and set its result. This runs in a thread of its own."""
+        try:
+            with self.commit_tracker.track("commit"):
+                # The ids are compared after the records were read, so all of them are of the topic whose offsets are committed.
+                self.topic_guard.verify_since(max(item.read_at for item in transaction.items))
+                self.writer.commit(transaction.outputs, transaction.offsets, consumer=self.consumer, epochs=transaction.epochs)
+        except BaseException as error:  # the thread that polls raises the error
+            transaction.result.set_exception(error)
+        else:
+            transaction.result.set_result(None)
+        self.progress.set()
+
+    def wait_for_transaction(self) -> None:
+        """Wait until the open transaction has ended. The watchdog limits this time."""
+        if self.transaction:
+            wait([self.transaction.result])
+
+    def note_result(self, transaction: OpenTransaction) -> None:
+        """Drop the records of a transaction that was committed. Raise its error, if the worker cannot handle it."""
+        try:
+            transaction.result.result()
+        except CommitUncertain as error:
+            logger.warning("%s reads its committed offsets again: %s", self.stage.name, error)
+            self.commit_uncertain = True
+            return
+        except PartitionLost:
+            self.drop_lost_partitions(self.consumer.assignment())
+            return
+        if logger.isEnabledFor(logging.INFO):
+            for item in transaction.items:
+                logger.info(
+                    "%s has finished %s",
+                    self.stage.name,
+                    format_coordinates(item.consumer_record),
+                    extra=self.make_log_extra(item),
+                )
+        self.clear_crash_count(transaction.items)
+        self.drop_committed(transaction.offsets)
+        self.num_committed += len(transaction.items)
+        self.count_erased(transaction.items)
+        self.num_of_other_runs.update(item.other_run_id for item in transaction.items if item.other_run_id)
+        self.num_written += len(transaction.outputs)
 
     def count_erased(self, items: Iterable[InFlightRecord]) -> None:
         """Count the committed records of erased prompts, and log the first one."""
@@ -784,7 +866,16 @@ class Worker:
             return []
         topic_id = self.consumer.topic_ids[item.consumer_record.topic]
         source = make_source_header(self.stage.name, topic_id, item.consumer_record)
-        return [self.run_start.assign_partition(replace(output, headers=(*output.headers, source))) for output in item.outputs]
+        return [
+            ProducerRecord(
+                output.topic,
+                output.key,
+                output.value,
+                (*output.headers, source),
+                self.run_start.choose_partition(output.topic, output.key),
+            )
+            for output in item.outputs
+        ]
 
     def commit_idle_positions(self) -> None:
         """Commit the positions of a stage that has no records in flight, if the positions have changed.
@@ -826,7 +917,9 @@ class Worker:
             for tp, offset in offsets.items():
                 items = self.in_flight_records.get(tp, deque())
                 while items and items[0].consumer_record.offset < offset:
-                    items.popleft().is_dropped = True
+                    item = items.popleft()
+                    item.is_dropped = True
+                    self.in_flight_bytes -= item.num_bytes
 
     def resolve_uncertain_commit(self) -> None:
         """Open a new writer, and drop the records that are committed.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import struct
+
 
 def _murmur2(key: bytes) -> int:
     """Return Kafka's hash of a key (Austin Appleby's MurmurHash2, seed 0x9747b28c).
@@ -11,8 +13,8 @@ def _murmur2(key: bytes) -> int:
     mask, m = 0xFFFFFFFF, 0x5BD1E995
     h = (0x9747B28C ^ len(key)) & mask
     whole = len(key) - len(key) % 4
-    for i in range(0, whole, 4):
-        k = int.from_bytes(key[i : i + 4], "little") * m & mask
+    for word in struct.unpack(f"<{whole // 4}I", key[:whole]):
+        k = word * m & mask
         h = (h * m & mask) ^ ((k ^ k >> 24) * m & mask)
     if whole < len(key):
         h = (h ^ int.from_bytes(key[whole:], "little")) * m & mask

@@ -236,6 +236,76 @@ def test_uncertain_commit_does_not_repeat_work_or_writes(bus):
     assert read_responses(bus) == [f"P{n:02}" for n in range(20)] and len(processed) == len(set(processed)) == 20
 
 
+def block_commits(worker):
+    """Make the commits with outputs wait for an event. Return the event, and the list of the numbers of open commits."""
+    real_commit, release, open_commits, num_open = worker.writer.commit, threading.Event(), set(), []
+
+    def commit(outputs, *arguments, **options):
+        if not outputs:
+            return real_commit(outputs, *arguments, **options)
+        open_commits.add(threading.get_ident())
+        num_open.append(len(open_commits))
+        try:
+            release.wait(HANG_S)
+            return real_commit(outputs, *arguments, **options)
+        finally:
+            open_commits.remove(threading.get_ident())
+
+    worker.writer.commit = commit
+    return release, num_open
+
+
+def test_model_works_while_a_transaction_is_open(bus):
+    processed = []
+
+    def work(records):
+        processed.extend(record.messages[0].content for record in records)
+        return echo(records)
+
+    publish(bus, *(make_prompt(f"p{n:03}") for n in range(300)))
+    worker = make_worker(bus, work, limits=WorkerLimits(max_in_flight=20))
+    release, num_open = block_commits(worker)
+    with Host([worker]) as host:
+        wait_until(lambda: len(processed) >= 2 * 20, host)  # a worker that waits for the transaction processes 20 records
+        assert len(num_open) == 1 and read_responses(bus) == []
+        release.set()
+        wait_until(lambda: len(read_responses(bus)) == 300, host)
+    assert set(num_open) == {1}, "a second transaction began while the first one was open"
+    assert sorted(processed) == [f"p{n:03}" for n in range(300)]
+    assert read_responses(bus) == [f"P{n:03}" for n in range(300)]
+
+
+def test_partition_is_lost_while_a_transaction_is_open(bus):
+    publish(bus, *(make_prompt(f"p{n:02}") for n in range(40)))
+    worker = make_worker(bus, echo)
+    release, num_open = block_commits(worker)
+    with Host([worker]) as host:
+        wait_until(lambda: num_open, host)
+        before = len(worker.consumer.assignment())
+        other = bus.open_consumer("r.respond", ["prompts"], member="another")
+        wait_until(lambda: other.poll(0.01, 1) is not None and other.assignment(), host, interval_s=0.0)
+        assert 0 < len(worker.consumer.assignment()) < before
+        release.set()
+        kept = set(worker.consumer.assignment())
+        ends = bus.end_offsets(["prompts"])
+        wait_until(lambda: all(bus.committed("r.respond", ["prompts"]).get(tp, 0) == ends[tp] for tp in kept), host)
+        lost = set(ends) - kept
+        assert len(read_responses(bus)) == sum(ends[tp] for tp in kept), f"records of {lost} are not committed"
+        other.close()
+        wait_until(lambda: len(read_responses(bus)) == 40, host)
+    assert read_responses(bus) == [f"P{n:02}" for n in range(40)]
+
+
+def test_worker_stops_only_after_its_transaction(bus):
+    publish(bus, *(make_prompt(f"p{n:02}") for n in range(10)))
+    worker = make_worker(bus, echo)
+    release, num_open = block_commits(worker)
+    with Host([worker]) as host:
+        wait_until(lambda: num_open, host)
+        threading.Timer(0.2, release.set).start()
+    assert not host.abandoned_threads and read_responses(bus) == [f"P{n:02}" for n in range(10)]
+
+
 def test_full_stage_stops_reading_at_its_limit(bus):
     release = threading.Event()
 
@@ -251,7 +321,7 @@ def test_full_stage_stops_reading_at_its_limit(bus):
         release.set()
         in_flight = []
         wait_until(lambda: in_flight.append(bounded.num_in_flight) or len(read_responses(bus)) == 300)
-        assert max(in_flight) <= 21
+        assert max(in_flight) <= 3 * 20  # those that are processed, and twice as many that only wait for a transaction
     assert len(read_responses(bus)) == 300
 
 
