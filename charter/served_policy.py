@@ -72,7 +72,7 @@ def require_base_model(
 
 
 def load_base_tokenizer(base_model: str) -> Any:
-    """Return the tokenizer of `train.base_model`. Raise UsageError if there is none on this machine."""
+    """Return the tokenizer of `train.base_model`. Raise UsageError if it is not set, or if the tokenizer cannot be loaded."""
     from trainer.weights import load_tokenizer
 
     if not base_model or base_model.startswith(("http://", "https://")):

@@ -263,8 +263,8 @@ class Endpoint:
     limits of one attempt. `retry_timeout_s` limits all attempts together. If the server has no
     log-probabilities, `num_votes` replies are sampled to score options. If `send_seed` is false, no request has a seed. If
     `stream` is false, no response is streamed. `verify` is called once after the probe, and raises UsageError if the server must not
-    be used. `load_tokenizer` returns the tokenizer of the policy, or raises UsageError if there is none on this machine; None means that
-    the model is not the policy. `token_codec` is set if prompts are sent as token ids. `served_weights` are checked before and after each
+    be used. `load_tokenizer` returns the tokenizer of the policy, or raises UsageError if this machine does not have it; None means
+    that the model is not the policy. `token_codec` is set if prompts are sent as token ids. `served_weights` are checked before and after each
     batch; None means that the weights of the model never change.
     """
 
