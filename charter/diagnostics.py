@@ -280,6 +280,7 @@ def _format_capabilities(capabilities: ServerCapabilities) -> str:
         f"{capabilities.max_top_logprobs} top log-probabilities" if capabilities.max_top_logprobs else "options by votes",
         "token ids" if capabilities.token_ids_body is not None else "no token ids",
         "streams" if capabilities.stream_body is not None else "no streams",
+        "accepts prompts as token ids" if capabilities.accepts_token_ids else "accepts prompts as messages",
         *(["ignores seeds"] if capabilities.ignores_seed else []),
     ])  # fmt: skip
 

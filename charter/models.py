@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from charter.served_policy import require_base_model, require_reload_support, require_reloaded_weights
+from charter.served_policy import load_base_tokenizer, require_base_model, require_reload_support, require_reloaded_weights
 from engine.bus.port import Bus
 from engine.errors import CharterError, UsageError
 from engine.models import open_model, resolve_model_folder
@@ -68,6 +68,8 @@ class RoleModels:
                     "stream": settings.stream,
                     "verify": self._make_verification(spec),
                 }
+                if spec == self.settings.models.policy:
+                    options["load_tokenizer"] = partial(load_base_tokenizer, self.settings.train.base_model)
             model: Any = open_model(spec, **options)
             if self._replaces_weights(spec):
                 model.served_weights = self._make_base_weights(model)

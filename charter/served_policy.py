@@ -49,8 +49,7 @@ def require_base_model(
     if not endpoint.capabilities.token_ids:
         return
     generation = _generate(endpoint)
-    is_local = base_model == "smollm2" or Path(base_model).expanduser().is_dir()
-    source = resolve_model_folder(base_model) if is_local else Path(base_model)
+    source, is_local = _find_base_model(base_model)
     if difference := _find_text_difference(source, generation):
         raise UsageError(
             f"{endpoint.id} on {endpoint.url} does not use the tokenizer of train.base_model ({base_model})",
@@ -70,6 +69,25 @@ def require_base_model(
             f"the log-probabilities of {len(generation.logprobs)} tokens differ by {mean_difference:.2f} on average (at most {_MAX_LOGPROB_DIFFERENCE:g})",
             f"set train.base_model to the model that the server serves, or serve {base_model}",
         )
+
+
+def load_base_tokenizer(base_model: str) -> Any:
+    """Return the tokenizer of `train.base_model`. Raise UsageError if it is not set, or if the tokenizer cannot be loaded."""
+    from trainer.weights import load_tokenizer
+
+    if not base_model or base_model.startswith(("http://", "https://")):
+        raise UsageError(
+            "there is no tokenizer of the policy on this machine",
+            f"train.base_model is {base_model or 'not set'}",
+            "set train.base_model to the model that the server serves",
+        )
+    return load_tokenizer(_find_base_model(base_model)[0])
+
+
+def _find_base_model(base_model: str) -> tuple[Path, bool]:
+    """Return the folder of a base model, and whether it is on this machine. Otherwise the folder is the hub id."""
+    is_local = base_model == "smollm2" or Path(base_model).expanduser().is_dir()
+    return (resolve_model_folder(base_model) if is_local else Path(base_model)), is_local
 
 
 def require_reloaded_weights(endpoint: Endpoint, folder: Path) -> None:

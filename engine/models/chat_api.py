@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
+from engine.errors import ModelUnreachable
 from engine.models.finish_reason import find_broken_completion, parse_choice_finish_reason
 from engine.models.interface import NO_USAGE, Generation, ModelCapabilities, OptionScores, Usage
 from engine.models.reasoning import join_texts, read_message, read_reasoning_fields
@@ -21,6 +22,7 @@ _CHARS_PER_TOKEN = 4  # used to estimate the usage if a server reports none
 _OPTION_STRIP_CHARS = " \n\tĠ▁()"
 _OPTION_REPLY_PATTERN = re.compile(r"[\s(\[*\"']*(?:answer\s*:?\s*)?[\s(\[*\"']*(\w+)\s*(?:[)\]*\"'.:,]|\n|$)", re.IGNORECASE)
 
+_MISSING_LOGPROB = -9999.0  # vLLM sends this value for a token without a log-probability
 _TEXT_PART_TYPES = ("text", "output_text")
 _REASONING_PART_TYPES = ("thinking", "redacted_thinking", "reasoning")
 JsonObject = dict[str, Any]
@@ -70,6 +72,10 @@ class RequestTimeout(TransientError):
 
 class RequestRejected(Exception):
     """The server rejected a request as invalid. The message is the server's message; the API key is removed."""
+
+
+class ServerMisconfigured(ModelUnreachable):
+    """The server answers, but the address, the model or the key is wrong."""
 
 
 class RequestGivenUp(RequestRejected):
@@ -135,6 +141,7 @@ class ServerCapabilities:
     `stream_body` contains the fields of a request whose response is streamed. It is None if the server cannot stream everything
     that an unstreamed response contains: the log-probabilities, the token ids and the usage.
     `ignores_seed` is true if the server accepts seeds, but samples different completions for the same seed.
+    `accepts_token_ids` is true if the server completes a prompt of token ids (`engine.models.token_api`).
     `names_tokens` is false if log-probabilities contain token ids instead of texts, so that options cannot be found in them.
     """
 
@@ -155,6 +162,7 @@ class ServerCapabilities:
     names_tokens: bool = True
     stream_body: JsonObject | None = None
     ignores_seed: bool = False
+    accepts_token_ids: bool = False
 
     def to_model_capabilities(self, num_votes: int) -> ModelCapabilities:
         return ModelCapabilities(
@@ -246,13 +254,16 @@ def parse_usage(response: JsonObject) -> Usage | None:
 
 
 def estimate_usage(request: JsonObject, response: JsonObject) -> Usage:
-    """Estimate the usage from the number of characters, so that budgets also work without reported usage."""
-    num_completion_chars = len(response["choices"][0]["message"]["content"])
-    return Usage(estimate_prompt_tokens(request), num_completion_chars // _CHARS_PER_TOKEN)
+    """Estimate the usage from the token ids or the number of characters, so that budgets also work without reported usage."""
+    choice = response["choices"][0]
+    num_tokens = len(choice.get("token_ids") or ()) or len(choice["message"]["content"]) // _CHARS_PER_TOKEN
+    return Usage(estimate_prompt_tokens(request), num_tokens)
 
 
 def estimate_prompt_tokens(request: JsonObject) -> int:
-    """Estimate the number of prompt tokens of a request from the number of characters."""
+    """Return the number of prompt tokens of a request of token ids. For messages, estimate it from the number of characters."""
+    if "token_ids" in request:
+        return len(request["token_ids"])
     return sum(len(message["content"]) for message in request["messages"]) // _CHARS_PER_TOKEN
 
 
@@ -286,7 +297,8 @@ def _parse_sampled_tokens(choice: JsonObject) -> tuple[tuple[int, ...], tuple[fl
     token_ids = _parse_non_negative_ints(choice.get("token_ids"))
     if not token_ids and tokens and all(re.fullmatch(r"token_id:\d+", token) for token in tokens):
         token_ids = tuple(int(token.removeprefix("token_id:")) for token in tokens)
-    logprobs = tuple(value for entry in entries if (value := _parse_logprob(entry)) is not None)
+    values = map(_parse_logprob, entries)
+    logprobs = tuple(value for value in values if value is not None and value > _MISSING_LOGPROB)
     return token_ids, logprobs if len(logprobs) == len(token_ids) else ()
 
 

@@ -1,4 +1,4 @@
-"""Convert a dialogue to token ids. Generation and training use the same conversion.
+"""Convert a dialogue to token ids, and the token ids of a completion to text. Generation and training use the same conversion.
 
 If the tokenizer has a chat template, the template is used. Without a chat template (a base model), the dialogue has this plain
 format:
@@ -19,13 +19,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from engine.errors import PermanentRecordError, UsageError
 from engine.models.control_tokens import break_up_control_tokens, find_end_token_id
-from engine.models.reasoning import close_reasoning
+from engine.models.reasoning import SeparatedText, close_reasoning, is_reasoning_open, separate_reasoning
 from schemas.records import ChatMessage
 
+MAX_MARKER_TOKENS = 16  # a dialogue marker of the plain format has fewer tokens than this with any tokenizer
 _PLAIN_ROLE_PREFIXES = {"user": "Human: ", "assistant": "Assistant: ", "system": ""}
 _DIALOGUE_MARKER_LINE = re.compile(r"\n[ \t\r]*(?=(?:Human|Assistant):)")
 DIALOGUE_MARKER = re.compile(r"\n[ \t\r]*\n[ \t\r]*(?=(?:Human|Assistant):)")
@@ -100,3 +102,31 @@ def encode_completion(tokenizer: Any, text: str, *, ends_with_eos: bool) -> list
             "set eos_token in tokenizer_config.json of the model",
         )
     return [*ids, end_token_id]
+
+
+def find_stop_token_ids(tokenizer: Any) -> set[int]:
+    """Return the end tokens of the tokenizer and of its chat template."""
+    return {int(token_id) for token_id in (tokenizer.eos_token_id, find_end_token_id(tokenizer)) if token_id is not None}
+
+
+def opens_reasoning(tokenizer: Any, prompt_token_ids: Sequence[int]) -> bool:
+    """Return whether the prompt ends with an opening mark of reasoning, so that a completion begins inside the reasoning."""
+    return is_reasoning_open(tokenizer.decode(prompt_token_ids[-MAX_MARKER_TOKENS:]))
+
+
+def decode_completion(tokenizer: Any, prompt_token_ids: Sequence[int], token_ids: Sequence[int]) -> SeparatedText:
+    """Decode a completion without its end token, and separate its reasoning from its response.
+
+    The marks of reasoning are special tokens in some models (gpt-oss, Magistral), so they are decoded first and removed later.
+    """
+    text = tokenizer.decode(token_ids, skip_special_tokens=True)
+    if not tokenizer.chat_template:
+        return SeparatedText(DIALOGUE_MARKER.split(text, 1)[0])
+    marked_text = tokenizer.decode(token_ids)
+    separated = separate_reasoning(marked_text, is_open=opens_reasoning(tokenizer, prompt_token_ids))
+    if separated.response == marked_text:
+        return SeparatedText(text)
+    response = separated.response
+    for token in tokenizer.all_special_tokens:
+        response = response.replace(token, "")
+    return replace(separated, response=response)

@@ -1,7 +1,8 @@
 """Use models on an OpenAI-compatible server (vLLM, SGLang, llama.cpp, transformers serve, hosted APIs).
 
 A server is probed once, at its first use (`engine.models.probe`). If a capability is missing, the stages use other prompt
-templates, which have another template hash.
+templates, which have another template hash. The prompts of the policy are sent as token ids if the server accepts them and the tokenizer
+is on this machine (`engine.models.token_api`).
 
 Requests run concurrently up to a limit, which adapts to the server (`engine.models.throttle`). Completions are streamed if the
 server can stream everything that an unstreamed response contains (`engine.models.chat_stream`). The timeout then limits the time
@@ -58,6 +59,7 @@ from engine.models.chat_api import (
     RequestRejected,
     RequestTimeout,
     ServerCapabilities,
+    ServerMisconfigured,
     TransientError,
     count_votes,
     estimate_prompt_tokens,
@@ -87,6 +89,14 @@ from engine.models.reasoning import report_reasoning
 from engine.models.response_reader import TimeLimits, read_body, read_stream
 from engine.models.server_health import STATUS_INTERVAL_S, ServerHealth
 from engine.models.throttle import Throttle
+from engine.models.token_api import (
+    GENERATE_PATH,
+    TokenCodec,
+    is_token_request,
+    make_token_request,
+    parse_token_completion,
+    require_complete,
+)
 from engine.text import format_count
 from schemas.http_client import ClientSettingsError, create_http_client, find_proxy_variable
 from schemas.ids import compute_fingerprint
@@ -140,10 +150,6 @@ def _remove_prefill(result: Result[Generation], prefill: str) -> Result[Generati
     return replace(result, text=result.text.removeprefix(prefill))
 
 
-class _ServerMisconfigured(ModelUnreachable):
-    """The server answers, but the address, the model or the key is wrong."""
-
-
 def compute_served_revision(url: str, model: str) -> str:
     """Return the revision of a served model: a hash of its address and name, because its weights are unknown."""
     return compute_fingerprint("served_model", url=url, model=model)[:16]
@@ -158,6 +164,7 @@ def open_endpoint(
     send_seed: bool = True,
     stream: bool = True,
     verify: Callable[[Endpoint], None] | None = None,
+    load_tokenizer: Callable[[], Any] | None = None,
 ) -> Endpoint:
     """Open the model `http://HOST:PORT/v1#MODEL`.
 
@@ -188,6 +195,7 @@ def open_endpoint(
             send_seed=send_seed,
             stream=stream,
             verify=verify,
+            load_tokenizer=load_tokenizer,
         )
     except ClientSettingsError as error:
         raise UsageError(error.what, error.why, error.fix) from None
@@ -255,7 +263,9 @@ class Endpoint:
     limits of one attempt. `retry_timeout_s` limits all attempts together. If the server has no
     log-probabilities, `num_votes` replies are sampled to score options. If `send_seed` is false, no request has a seed. If
     `stream` is false, no response is streamed. `verify` is called once after the probe, and raises UsageError if the server must not
-    be used. `served_weights` are checked before and after each batch; None means that the weights of the model never change.
+    be used. `load_tokenizer` returns the tokenizer of the policy, or raises UsageError if this machine does not have it; None means
+    that the model is not the policy. `token_codec` is set if prompts are sent as token ids. `served_weights` are checked before and after each
+    batch; None means that the weights of the model never change.
     """
 
     url: str
@@ -269,6 +279,8 @@ class Endpoint:
     send_seed: bool = True
     stream: bool = True
     verify: Callable[[Endpoint], None] | None = None
+    load_tokenizer: Callable[[], Any] | None = None
+    token_codec: TokenCodec | None = None
     served_weights: ServedWeights | None = None
     cached_server_capabilities: ServerCapabilities | None = None
 
@@ -297,13 +309,31 @@ class Endpoint:
             if self.cached_server_capabilities is None:
                 self.cached_server_capabilities = probe_server(self)
                 logger.info("%s#%s: %s", self.url, self.id, self.cached_server_capabilities)
-                if self.verify:
-                    try:
+                try:
+                    if self.verify:  # before prompts are sent as token ids, because it compares the tokenizers
                         self.verify(self)
-                    except CharterError:
-                        self.cached_server_capabilities = None  # the next use probes the server again
-                        raise
+                    if self.load_tokenizer:
+                        self.token_codec = self.make_token_codec(self.load_tokenizer, self.cached_server_capabilities)
+                except CharterError:
+                    self.cached_server_capabilities = None  # the next use probes the server again
+                    raise
             return self.cached_server_capabilities
+
+    def make_token_codec(self, load_tokenizer: Callable[[], Any], capabilities: ServerCapabilities) -> TokenCodec | None:
+        """Return the codec of the policy, or log why the chat template of the server formats its prompts and return None."""
+        reason = f"it does not accept token ids at {GENERATE_PATH} (vLLM: start it with --enable-scale-out)"
+        if capabilities.accepts_token_ids:
+            try:
+                tokenizer = load_tokenizer()
+            except UsageError as error:
+                reason = f"{error.what}: {error.why}"
+            else:
+                if tokenizer.chat_template:
+                    logger.info("%s#%s gets prompts as token ids (%s)", self.url, self.id, GENERATE_PATH)
+                    return TokenCodec(tokenizer)
+                reason = "the tokenizer of train.base_model has no chat template"
+        logger.warning("%s#%s formats the prompts of the policy with its own chat template: %s", self.url, self.id, reason)
+        return None
 
     @property
     def capabilities(self) -> ModelCapabilities:
@@ -327,30 +357,63 @@ class Endpoint:
                 "use a server that supports seeds, or accept this: set models.send_seed to false",
             )
         limit = max_tokens + max_thinking_tokens  # a server has one limit for the reasoning and the response
-        sampling = self.make_sampling_body(temperature, top_p) | {server_capabilities.max_tokens_field: limit}
-        if max_thinking_tokens and NO_THINKING_BODY.items() <= server_capabilities.extra_body.items():
-            sampling |= THINKING_BODY
-        sampling |= server_capabilities.stream_body or {}
-        exact = top_p == 1 and temperature > 0 and (temperature == 1 or server_capabilities.processed_logprobs)
-        if server_capabilities.token_ids_body is not None:
-            sampling |= server_capabilities.token_ids_body
-            sampling |= {"logprobs": True, "top_logprobs": 0} if exact and self.capabilities.exact_logprobs else {}
+        has_logprobs = top_p == 1 and temperature > 0 and (temperature == 1 or server_capabilities.processed_logprobs)
+        has_logprobs = has_logprobs and self.capabilities.exact_logprobs
+        sampling = self.make_sampling_body(temperature, top_p)
         # One request for each completion, because some servers do not support n > 1, and each completion has a different seed.
-        requests = [
-            ChatRequest(
-                self.make_request_body(request) | sampling | self.make_seed_body(request.seed + n),
-                request.timeout_s,
-                request.group,
-            )
-            for request in batch
-            for n in range(num_completions)
+        if self.token_codec is not None:
+            sampling |= {"max_tokens": limit, "stop_token_ids": self.token_codec.stop_token_ids, "detokenize": False}
+            sampling |= {"logprobs": 0} if has_logprobs else {}
+            thinking = max_thinking_tokens > 0
+            bodies = [self.make_token_bodies(self.token_codec, r, sampling, num_completions, thinking) for r in batch]
+            parse = self.token_codec.parse_generation
+        else:
+            sampling |= {server_capabilities.max_tokens_field: limit} | (server_capabilities.stream_body or {})
+            if max_thinking_tokens and NO_THINKING_BODY.items() <= server_capabilities.extra_body.items():
+                sampling |= THINKING_BODY
+            sampling |= server_capabilities.token_ids_body or {}
+            sampling |= {"logprobs": True, "top_logprobs": 0} if has_logprobs else {}
+            bodies = [self.make_chat_bodies(request, sampling, num_completions) for request in batch]
+            parse = parse_generation
+        return self.send_generation_requests(batch, bodies, parse)
+
+    def make_chat_bodies(self, request: GenerationRequest, sampling: JsonObject, count: int) -> Result[list[JsonObject]]:
+        """Return the bodies of the requests for `count` completions."""
+        body = self.make_request_body(request) | sampling
+        return [body | self.make_seed_body(request.seed + n) for n in range(count)]
+
+    def make_token_bodies(
+        self, codec: TokenCodec, request: GenerationRequest, sampling: JsonObject, count: int, thinking: bool
+    ) -> Result[list[JsonObject]]:
+        """Return the bodies of the requests for `count` completions, or the error of a prompt that cannot be encoded."""
+        try:
+            prompt = codec.encode(request, thinking=thinking)
+        except PermanentRecordError as error:
+            return error
+        seeds = [self.make_seed_body(request.seed + n) for n in range(count)]
+        stream_body = self.server_capabilities.stream_body
+        return [make_token_request(self.id, prompt, sampling | seed, stream_body) for seed in seeds]
+
+    def send_generation_requests(
+        self,
+        batch: Sequence[GenerationRequest],
+        bodies: Sequence[Result[list[JsonObject]]],
+        parse: Callable[[JsonObject, Usage], Generation],
+    ) -> list[Result[list[Generation]]]:
+        """Send the bodies of each request. Return the completions of each request, or its error."""
+        sent = [
+            (request, body)
+            for request, made in zip(batch, bodies, strict=True)
+            if not isinstance(made, CharterError)
+            for body in made
         ]
-        results = self.send_requests(requests, parse_generation)
-        if server_capabilities.echoes_prefill:
-            prefills = [request.prefill for request in batch for _ in range(num_completions)]
-            results = [_remove_prefill(result, prefill) for result, prefill in zip(results, prefills, strict=True)]
-        generations = self.find_cut_reasoning(results)
-        return [combine_results(generations[i : i + num_completions]) for i in range(0, len(generations), num_completions)]
+        results = self.send_requests([ChatRequest(body, request.timeout_s, request.group) for request, body in sent], parse)
+        if self.server_capabilities.echoes_prefill:
+            results = [_remove_prefill(result, request.prefill) for result, (request, _) in zip(results, sent, strict=True)]
+        generations = iter(self.find_cut_reasoning(results))
+        return [
+            made if isinstance(made, CharterError) else combine_results([next(generations) for _ in made]) for made in bodies
+        ]
 
     def find_cut_reasoning(self, results: Sequence[Result[Generation]]) -> list[Result[Generation]]:
         """Return the results. A text that was cut while the model was thinking becomes the reasoning.
@@ -362,7 +425,8 @@ class Endpoint:
         return [self.check_reasoning(result) if isinstance(result, Generation) else result for result in results]
 
     def check_reasoning(self, generation: Generation) -> Generation:
-        if self.template_opens_reasoning and generation.finish_reason == "length" and not generation.reasoning:
+        is_open = self.template_opens_reasoning and self.token_codec is None
+        if is_open and generation.finish_reason == "length" and not generation.reasoning:
             generation = replace(generation, text="", reasoning=generation.text, ends_in_reasoning=True)
         report_reasoning(self.id, generation)
         return generation
@@ -514,10 +578,16 @@ class Endpoint:
                 str(error),
                 "change the prompt, or leave it out: other records are not affected",
             ) from error
-        except _ServerMisconfigured as error:
-            if self.is_alive():
-                raise self.make_request_error(f"{error.what}: {error.why}") from error
-            raise
+        except ServerMisconfigured as error:
+            if not self.is_alive():
+                raise
+            if is_token_request(request.body):  # no filter of a gateway reads token ids, so all requests fail
+                raise ModelUnreachable(
+                    f"{self.url} does not accept token ids any more, but it answers chat requests",
+                    f"{error.what}: {error.why}",
+                    "start vLLM with --enable-scale-out; or start Charter again, which then uses the chat API",
+                ) from error
+            raise self.make_request_error(f"{error.what}: {error.why}") from error
         return response, usage + self.take_unbilled()
 
     def make_request_error(self, reason: str) -> RequestFailed:
@@ -660,7 +730,7 @@ class Endpoint:
         except httpx.ReadTimeout as error:
             raise limits.make_timeout("no response within {limit} (ReadTimeout)") from error
         except httpx.LocalProtocolError as error:
-            raise _ServerMisconfigured(
+            raise ServerMisconfigured(
                 f"the request to {self.url} cannot be sent",
                 self.sanitize_error_text(str(error)),
                 "check models.* and the API key",
@@ -672,7 +742,8 @@ class Endpoint:
 
     def fetch_response(self, request: JsonObject, limits: TimeLimits) -> ReceivedResponse:
         """Send a request and read its response: as a stream if the server streams it, and otherwise whole."""
-        url = f"{self.url}/chat/completions"
+        is_token = is_token_request(request)
+        url = f"{self.url.removesuffix('/v1')}{GENERATE_PATH}" if is_token else f"{self.url}/chat/completions"
         timeout = httpx.Timeout(limits.read_timeout_s, connect=min(_CONNECT_TIMEOUT_S, limits.read_timeout_s))
         with self.client.stream("POST", url, json=request, timeout=timeout) as response:
             status = response.status_code
@@ -681,14 +752,15 @@ class Endpoint:
             text = read_body(response, limits)
         self.require_success(status, response.headers, text)
         try:
-            completion = parse_chat_completion(text)
+            completion = parse_token_completion(text) if is_token else parse_chat_completion(text)
         except TransientError as error:
             reason = f"{error}: {self.sanitize_error_text(text)}"
             raise TransientError(reason, status, error.usage) from error
-        return ReceivedResponse(completion, parse_usage(completion) or estimate_usage(request, completion), limits.latency_s)
+        return self.make_received_response(request, completion, limits)
 
     def read_streamed_response(self, request: JsonObject, response: httpx.Response, limits: TimeLimits) -> ReceivedResponse:
-        max_tokens = request.get("max_tokens") or request.get("max_completion_tokens") or 0
+        sampling = request.get("sampling_params", request)
+        max_tokens = sampling.get("max_tokens") or sampling.get("max_completion_tokens") or 0
         stream = read_stream(
             response,
             limits,
@@ -702,8 +774,13 @@ class Endpoint:
             code = stream.error.get("code") if isinstance(stream.error, dict) else None
             status = code if isinstance(code, int) and 400 <= code < 600 else HTTPStatus.INTERNAL_SERVER_ERROR
             self.require_success(status, response.headers, json.dumps({"error": stream.error}).encode())
-        completion = normalize_chat_completion(stream.assemble())
-        return ReceivedResponse(completion, usage or estimate_usage(request, completion), limits.latency_s)
+        return self.make_received_response(request, normalize_chat_completion(stream.assemble()), limits)
+
+    def make_received_response(self, request: JsonObject, completion: JsonObject, limits: TimeLimits) -> ReceivedResponse:
+        """Return a response with its usage. Raise TransientError if a completion of token ids is not complete."""
+        if is_token_request(request):
+            require_complete(request, completion, self.token_codec.num_tokens if self.token_codec else None)
+        return ReceivedResponse(completion, parse_usage(completion) or estimate_usage(request, completion), limits.latency_s)
 
     def require_success(self, status: int, headers: httpx.Headers, text: bytes) -> None:
         """Raise the error that a status means: TransientError, RequestRejected or ModelUnreachable."""
@@ -712,7 +789,7 @@ class Endpoint:
         if 300 <= status < 400:
             raise self.make_redirect_error(status, headers.get("location", ""))
         if 400 <= status < 500 and status not in _TRANSIENT_CLIENT_ERROR_STATUSES:
-            raise _ServerMisconfigured(
+            raise ServerMisconfigured(
                 f"{self.url} does not serve {self.id} (status {status})",
                 self.sanitize_error_text(text),
                 "check models.* and the environment variable of models.api_key_env",
@@ -729,7 +806,7 @@ class Endpoint:
         scheme, separator, rest = target.partition("://")
         new_url = self.sanitize_error_text(f"{scheme}{separator}{rest.rpartition('@')[2]}").removesuffix(f"/{path}")
         where = f"it redirects to {new_url}" if location else "the response has no Location header"
-        return _ServerMisconfigured(
+        return ServerMisconfigured(
             f"{self.url} redirects requests (status {status})",
             f"{where}; Charter does not follow redirects, because the new server would receive the API key",
             f"if this address is right, set models.* to {new_url}#{self.id}" if location else "check models.* and the server",

@@ -33,19 +33,18 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Dynami
 from engine.checkpoints import compute_revision
 from engine.errors import CharterError, PermanentRecordError, UsageError
 from engine.models import resolve_model_folder, smollm2
-from engine.models.chat_template import DIALOGUE_MARKER, encode_prompt
-from engine.models.control_tokens import find_end_token_id
+from engine.models.chat_template import (
+    DIALOGUE_MARKER,
+    MAX_MARKER_TOKENS,
+    decode_completion,
+    encode_prompt,
+    find_stop_token_ids,
+    opens_reasoning,
+)
 from engine.models.decode_batch import DecodeBatch, SampledSequence
 from engine.models.interface import LOCAL_CAPABILITIES, Generation, GenerationRequest, OptionScores, Result, Usage
 from engine.models.prefix_tree import PrefixTree, build_prefix_trees
-from engine.models.reasoning import (
-    SeparatedText,
-    has_closing_mark,
-    has_opening_mark,
-    is_reasoning_open,
-    report_reasoning,
-    separate_reasoning,
-)
+from engine.models.reasoning import has_closing_mark, has_opening_mark, report_reasoning
 from engine.models.tree_attention import build_branches, supports_tree_attention, use_tree_attention
 from engine.progress import track_work
 
@@ -55,7 +54,6 @@ transformers.utils.logging.disable_progress_bar()
 _MAX_PREFILL_TOKENS = 16_384  # limit of the number of rows times the length of a batch; this limits the memory
 _MAX_TREE_TOKENS = 4096  # limit of the tokens of one prefix tree; larger trees share more tokens but need more memory
 _MAX_MASKED_TREE_TOKENS = 1024  # the limit on a CPU without tree attention, because masked scores are then computed as well
-_MAX_MARKER_TOKENS = 16  # a dialogue marker of the plain format has fewer tokens than this with any tokenizer
 STEPS_PER_CHECK = {"cpu": 1, "cuda": 8}  # steps between two checks for the ends of rows
 
 
@@ -136,8 +134,8 @@ class LocalModel:
     def get_stop_token_ids(self) -> set[int]:
         """Return the end tokens of the generation configuration, the tokenizer and the chat template."""
         eos = self.model.generation_config.eos_token_id
-        token_ids = [*(eos if isinstance(eos, list) else [eos]), self.tokenizer.eos_token_id, find_end_token_id(self.tokenizer)]
-        return {int(token_id) for token_id in token_ids if token_id is not None}
+        configured = {int(token_id) for token_id in (eos if isinstance(eos, list) else [eos]) if token_id is not None}
+        return configured | find_stop_token_ids(self.tokenizer)
 
     # The Model interface
 
@@ -359,7 +357,7 @@ class LocalModel:
                 len(prompts[i]),
                 started,
                 is_thinking=limits.thinking > 0 and not batch[i].prefill,
-                has_opening=self.is_reasoning_open(prompts[i]),
+                has_opening=opens_reasoning(self.tokenizer, prompts[i]),
             )
             for i in prompt_indices
             for n in range(num_completions)
@@ -447,28 +445,24 @@ class LocalModel:
         A row without an opening mark among its first tokens is a response from its first token on.
         """
         row.num_reasoning_tokens += 1
-        row.has_opening = row.has_opening or has_opening_mark(self.tokenizer.decode(row.token_ids[:_MAX_MARKER_TOKENS]))
+        row.has_opening = row.has_opening or has_opening_mark(self.tokenizer.decode(row.token_ids[:MAX_MARKER_TOKENS]))
         if not row.has_opening:
-            if len(row.token_ids) >= min(_MAX_MARKER_TOKENS, limit):
+            if len(row.token_ids) >= min(MAX_MARKER_TOKENS, limit):
                 row.is_thinking, row.num_reasoning_tokens = False, 0
-        elif has_closing_mark(self.tokenizer.decode(row.token_ids[-_MAX_MARKER_TOKENS:])):
+        elif has_closing_mark(self.tokenizer.decode(row.token_ids[-MAX_MARKER_TOKENS:])):
             row.is_thinking = False
-
-    def is_reasoning_open(self, prompt_token_ids: Sequence[int]) -> bool:
-        """Return whether the prompt ends with an opening mark of reasoning, so that a completion begins inside the reasoning."""
-        return is_reasoning_open(self.tokenizer.decode(prompt_token_ids[-_MAX_MARKER_TOKENS:]))
 
     def has_dialogue_marker(self, row: SampledSequence) -> bool:
         """Return whether a base model has started the next message of the dialogue."""
         if self.tokenizer.chat_template:
             return False
-        end = self.tokenizer.decode(row.token_ids[-_MAX_MARKER_TOKENS:], skip_special_tokens=True)
+        end = self.tokenizer.decode(row.token_ids[-MAX_MARKER_TOKENS:], skip_special_tokens=True)
         return DIALOGUE_MARKER.search(end) is not None
 
     def make_generation(self, row: SampledSequence, prompt_token_ids: Sequence[int]) -> Generation:
         is_stopped = row.is_finished and not row.timed_out and not row.is_cut
         ids = row.token_ids[:-1] if is_stopped and row.token_ids[-1] in self.stop_token_ids else row.token_ids
-        separated = self.decode_completion(ids, is_open=self.is_reasoning_open(prompt_token_ids))
+        separated = decode_completion(self.tokenizer, prompt_token_ids, ids)
         generation = Generation(
             text=separated.response,
             finish_reason="timeout" if row.timed_out else "stop" if is_stopped else "length",
@@ -480,23 +474,6 @@ class LocalModel:
         )
         report_reasoning(self.id, generation)
         return generation
-
-    def decode_completion(self, token_ids: Sequence[int], *, is_open: bool) -> SeparatedText:
-        """Decode a completion, and separate its reasoning from its response.
-
-        The marks of reasoning are special tokens in some models (gpt-oss, Magistral), so they are decoded first and removed later.
-        """
-        text = self.tokenizer.decode(token_ids, skip_special_tokens=True)
-        if not self.tokenizer.chat_template:
-            return SeparatedText(DIALOGUE_MARKER.split(text, 1)[0])
-        marked_text = self.tokenizer.decode(token_ids)
-        separated = separate_reasoning(marked_text, is_open=is_open)
-        if separated.response == marked_text:
-            return SeparatedText(text)
-        response = separated.response
-        for token in self.tokenizer.all_special_tokens:
-            response = response.replace(token, "")
-        return replace(separated, response=response)
 
     # Options
 

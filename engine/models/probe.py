@@ -15,7 +15,8 @@ The name and version of a server are unreliable, because a proxy can forward to 
    finish reason, the usage, the token ids and a log-probability for each of them.
 7. Two completions are sampled, because some servers decode greedily at every temperature. One of them is repeated with the same
    seed.
-8. A longer completion shows whether the model thinks before it replies.
+8. If a server reports the token ids of a prompt, it is asked to complete these ids (`engine.models.token_api`).
+9. A longer completion shows whether the model thinks before it replies.
 
 A capability is missing if the server rejects the request with 4xx, or if it returns status 500 three times. After any other
 failure the server counts as unreachable, and ModelUnreachable is raised.
@@ -35,12 +36,14 @@ from engine.models.chat_api import (
     JsonObject,
     RequestRejected,
     ServerCapabilities,
+    ServerMisconfigured,
     parse_generation,
     parse_top_logprobs,
     parse_usage,
 )
 from engine.models.chat_stream import STREAM_BODIES, STREAMED_OBJECT
 from engine.models.interface import NO_USAGE
+from engine.models.token_api import make_token_request
 
 logger = logging.getLogger("charter.endpoint")
 
@@ -72,6 +75,7 @@ PREFILL_BODIES: tuple[JsonObject, ...] = ({"continue_final_message": True, "add_
 TOKEN_IDS_BODIES: tuple[JsonObject, ...] = ({"return_token_ids": True}, {"return_tokens_as_token_ids": True})
 _MAX_SERVER_ERRORS = 3
 _MAX_SAME_SEED = 3
+_OTHER_API_STATUSES = (200, 500, 501, 502)  # 200: a response that is no completion
 
 
 class _ServerProbe:
@@ -228,6 +232,21 @@ class _ServerProbe:
                 return stream_body
         return None
 
+    def accepts_token_ids(self, token_ids_body: JsonObject | None, stream_body: JsonObject | None) -> bool:
+        """Return whether the server completes the token ids of a prompt, with the token ids and log-probabilities of the completion."""
+        whole = None if token_ids_body is None else self.try_fields(token_ids_body)
+        prompt = parse_generation(whole, NO_USAGE).prompt_token_ids if whole else ()
+        if not prompt:
+            return False
+        request = make_token_request(self.server.id, prompt, {"max_tokens": self.max_tokens, "logprobs": 0}, stream_body)
+        try:
+            _, usage = self.server.post_with_retries(request, should_give_up=_is_other_api)
+        except (RequestRejected, ServerMisconfigured) as error:
+            logger.info("%s does not complete token ids: %s", self.server.url, error)
+            return False
+        self.server.add_unbilled(usage)
+        return True
+
 
 def _describe_parts(response: JsonObject) -> tuple[object, ...]:
     """Return which parts a response has. Two responses to one request can have different texts, because servers batch requests."""
@@ -246,6 +265,11 @@ def _describe_parts(response: JsonObject) -> tuple[object, ...]:
 def _is_server_error(attempt: FailedAttempt) -> bool:
     """Return whether the status is 500. Several responses with status 500 mean that the server does not support a request."""
     return attempt.error.status_code == 500
+
+
+def _is_other_api(attempt: FailedAttempt) -> bool:
+    """Return whether the server does something else at the path of the request."""
+    return attempt.error.status_code in _OTHER_API_STATUSES and attempt.num_failures >= _MAX_SERVER_ERRORS
 
 
 def probe_server(server: ChatServer) -> ServerCapabilities:
@@ -277,6 +301,7 @@ def probe_server(server: ChatServer) -> ServerCapabilities:
         names_tokens=names_tokens,
         stream_body=stream_body,
         ignores_seed=ignores_seed,
+        accepts_token_ids=probe.accepts_token_ids(token_ids_body, stream_body),
     )
     _log_missing_capabilities(server, capabilities)
     if not is_sampling:

@@ -82,6 +82,7 @@ def test_models_of_a_server_are_listed_without_the_key(doctor, run_models_server
     code, findings = doctor(models__judge=f"{url}/v1#big", models__critic=f"{url}/v1#other")
     assert code == 1 and findings["model judge"]["state"] == "ok"
     assert "serves big: no prefills, 3 top log-probabilities, no token ids" in findings["model judge"]["detail"]
+    assert "accepts prompts as messages" in findings["model judge"]["detail"]
     assert "serves big, not other" in findings["model critic"]["detail"] and "models.critic" in findings["model critic"]["fix"]
     assert set(seen) == {"Bearer sk-secret"} and "sk-secret" not in json.dumps(findings)
     code, findings = doctor(models__judge="http://host:port/v1#big", models__critic=url)

@@ -1,6 +1,7 @@
 """The server of the policy must serve the model that the trainer trains."""
 
 import logging
+import shutil
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from engine.models.interface import GenerationRequest
 from engine.settings import load_settings
 from schemas.records import ChatMessage
 from tests.support.chat_server import STREAM_FIELDS, VLLM_FIELDS, FakeChatServer, make_chat_completion, stream_answer
+from tests.support.token_completions import DISABLED, TokenScript
 
 MESSAGES = (ChatMessage(role="user", content="a"),)
 
@@ -23,9 +25,12 @@ class TinyServer:
     def __init__(self, folder, text="so it is."):
         self.tokenizer, self.model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
         self.text, self.shift, self.http, self.fields = text, 0, FakeChatServer(), VLLM_FIELDS | STREAM_FIELDS
+        self.tokens = lambda number, request: DISABLED
         self.http.script = self.answer
 
     def answer(self, number, request):
+        if "token_ids" in request:
+            return self.tokens(number, request)
         if unknown := set(request) - self.fields:
             return 400, {"error": {"message": f"unknown fields {sorted(unknown)}"}}
         prompt = self.tokenizer(f"\n\nHuman: {request['messages'][-1]['content']}\n\nAssistant:")["input_ids"]
@@ -65,6 +70,31 @@ def test_server_of_the_base_model_is_accepted(server, tiny, caplog):
     ((one,),) = model.generate([GenerationRequest(MESSAGES)])
     assert one.text == server.text and len(one.logprobs) == len(one.token_ids) > 0
     assert model.server_capabilities.stream_body is not None
+
+
+def test_prompts_of_the_policy_are_encoded_with_the_base_model_also_if_the_server_has_another_template(server, tiny, tmp_path):
+    base = shutil.copytree(tiny, tmp_path / "base")
+    server.tokenizer.chat_template = "{% for m in messages %}({{ m.content }}){% endfor %}:"
+    server.tokenizer.save_pretrained(base)
+    server.tokens = TokenScript()
+    ((one,),) = open_policy(server, base).generate([GenerationRequest(MESSAGES)])
+    assert server.tokenizer.decode(one.prompt_token_ids) == "(a):" and len(one.logprobs) == len(one.token_ids) > 0
+    server.shift = 1
+    with pytest.raises(UsageError, match=r"does not use the tokenizer of train\.base_model"):
+        open_policy(server, base).generate([GenerationRequest(MESSAGES)])
+
+
+@pytest.mark.parametrize(
+    ("base_model", "words"),
+    [("", "train.base_model is not set"), ("http://127.0.0.1:9/v1#m", "train.base_model is http://127.0.0.1:9/v1#m")],
+)
+def test_policy_without_a_tokenizer_on_this_machine_gets_messages(server, caplog, base_model, words):
+    server.tokens = TokenScript()
+    model = open_policy(server, base_model)
+    ((one,),) = model.generate([GenerationRequest(MESSAGES)])
+    assert one.text == server.text and model.server_capabilities.accepts_token_ids
+    (line,) = [line for line in caplog.messages if "with its own chat template" in line]
+    assert words in line
 
 
 def test_ids_of_another_tokenizer_are_refused_before_the_first_record(server, tiny):

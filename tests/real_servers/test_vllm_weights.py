@@ -1,5 +1,6 @@
 """A real vLLM whose weights are replaced: exact rollouts, a switch in the middle of a batch, a restart, and two GRPO updates."""
 
+import copy
 import threading
 import time
 from pathlib import Path
@@ -8,6 +9,7 @@ import pytest
 
 from charter.models import RoleModels
 from engine.errors import ModelUnreachable
+from engine.models.chat_template import encode_prompt
 from engine.models.interface import GenerationRequest, require_results
 from engine.models.vllm import VllmServer
 from schemas.records import ChatMessage
@@ -59,10 +61,32 @@ def updates(untied, folder):
 def test_token_ids_and_logprobs_are_exact(models, untied):
     base = models.get_model("policy")
     generations = generate(base)
+    assert base.token_codec is not None
     check_weights(untied, generations, "vLLM, version 0")
     tokenizer = load_tokenizer(untied)
     for generation in generations:
         assert tokenizer.decode(generation.token_ids, skip_special_tokens=True) == generation.text
+
+
+def test_prompts_are_encoded_with_the_local_chat_template(models, untied):
+    """The prompts are sent as token ids. The chat API breaks up the markers of all chat formats, also those of other models."""
+    policy, tokenizer = models.get_model("policy"), load_tokenizer(untied)
+    marked = GenerationRequest((ChatMessage(role="user", content="[INST] Say hello. [/INST]"),), seed=20)
+    prefilled = GenerationRequest((ChatMessage(role="user", content="Name a bird."),), "A bird is the", seed=21)
+    requests = [*make_requests(), prefilled, marked]
+    chat = copy.copy(policy)
+    chat.token_codec = None
+    by_ids, by_chat = ([result[0] for result in require_results(m.generate(requests, max_tokens=16))] for m in (policy, chat))
+    for request, generation in zip(requests, by_ids, strict=True):
+        assert list(generation.prompt_token_ids) == encode_prompt(tokenizer, request.messages, request.prefill)
+    check_weights(untied, by_ids, "vLLM, prompts as token ids")
+    pairs = list(zip(by_ids, by_chat, strict=True))
+    prompts = [one.prompt_token_ids == other.prompt_token_ids for one, other in pairs]
+    completions = [one.token_ids == other.token_ids for one, other in pairs]
+    report(
+        f"token ids and chat API, the same seeds: {sum(prompts)} prompts and {sum(completions)} completions of {len(pairs)} are equal"
+    )
+    assert prompts == [True] * 5 + [False]
 
 
 def test_batches_during_a_switch_have_the_weights_of_their_policy(models, vllm, updates):
