@@ -346,7 +346,9 @@ def _start_client(
         "interval_s": interval_s,
     }
     root = str(Path(__file__).parents[1])
-    return subprocess.Popen([*command, json.dumps(task)], env=os.environ | {"PYTHONPATH": root, "PYTHONWARNINGS": "ignore"}, cwd=root)
+    return subprocess.Popen(
+        [*command, json.dumps(task)], env=os.environ | {"PYTHONPATH": root, "PYTHONWARNINGS": "ignore"}, cwd=root
+    )
 
 
 def _wait_for_client(client: subprocess.Popen[bytes]) -> None:
