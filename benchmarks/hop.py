@@ -8,6 +8,10 @@ results and the offsets in one transaction. Each client runs in a separate proce
 a record. The rate of a client is computed from these timestamps. After each run, the committed outputs are counted. A lost or
 repeated record is an error.
 
+The number of records in a transaction decides about the rate, so the other clients commit as many records at once as Charter did in the
+same round. The latency is measured with few records per second: the time from the publication of a record until a reader of committed
+records has its output.
+
 With --profile, the benchmark only prints the CPU time of Charter's hop, by function and thread.
 """
 
@@ -28,8 +32,8 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -39,7 +43,7 @@ import kafka
 import psutil
 from kafka.structs import OffsetAndMetadata
 
-from benchmarks.hop_quixstreams import COMMIT_BATCH_SIZE, make_response
+from benchmarks.hop_quixstreams import make_response
 from engine.bus import open_bus
 from engine.bus.kafka import make_consumer_options, make_producer_options
 from engine.bus.port import Bus, Offsets, ProducerRecord
@@ -55,9 +59,14 @@ _RUN_ID, _SOURCE_TOPIC, _TARGET_TOPIC = "bench", "prompts", "responses"
 _TEXT_BYTES = 800  # a record with a prompt of this size has 1 KB
 _MODEL_BATCH_SIZE, _MODEL_LATENCY_S = 32, 0.020  # the batch size and the latency per batch of a simulated remote model
 _MAX_IN_FLIGHT = 1000
+_SQLITE_BATCH_SIZE = 500
+_LATENCY_BATCHES, _LATENCY_BATCH_SIZE, _LATENCY_INTERVAL_S = 60, 20, 0.1  # 200 records per second for 6 seconds
 _PROGRESS_TIMEOUT_S, _READ_IDLE_TIMEOUT_S, _CONTESTANT_TIMEOUT_S = 60.0, 10.0, 180.0
 _QUIXSTREAMS_REQUIREMENTS = ("quixstreams>=3.20,<4", "fastavro>=1.13,<2", "pydantic>=2.11,<3")
-_GOALS = {"bare": 0.8, "quix": 1.0, "copies": 1.7, "memory": 1.1}
+_MEASUREMENTS = ("codec", "hop", "latency", "copies", "memory", "embedded")
+_DEFAULT_OPTIONS: Mapping[str, Any] = {"batch": 64, "in_flight": WorkerLimits().max_in_flight}
+_CLIENT_TITLES = {"bare": "bare kafka-python, copies bytes", "quix": "quixstreams, exactly once, same codec"}
+_GOALS = {"bare": 0.7, "quix": 0.75, "copies": 1.7, "memory": 1.1}
 
 
 class _LogAppendTimeBroker(TestBroker):
@@ -195,12 +204,13 @@ def _run_stage(job: _StageJob) -> None:
             while not stop.wait(0.05):
                 host.raise_if_failed()
                 ready = len(worker.consumer.assignment()) == DEFAULT_PARTITIONS // job.copies
-                _report_state(ready=ready, committed=worker.num_committed, rss=process.memory_info().rss if process else 0)
-    _report_state(ready=True, committed=worker.num_committed, rss=process.memory_info().rss if process else 0)
+                _report_worker(worker, process, ready=ready)
+    _report_worker(worker, process, ready=True)
 
 
-def _report_state(**state: object) -> None:
-    print(json.dumps(state), flush=True)
+def _report_worker(worker: Worker, process: psutil.Process | None, *, ready: bool) -> None:
+    state = {"ready": ready, "committed": worker.num_committed, "transactions": worker.num_transactions}
+    print(json.dumps(state | {"rss": process.memory_info().rss if process else 0}), flush=True)
 
 
 class _StageProcess:
@@ -209,7 +219,7 @@ class _StageProcess:
     def __init__(self, job: _StageJob) -> None:
         command = [sys.executable, "-m", "benchmarks.hop", "--stage", json.dumps(asdict(job))]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self.state: dict[str, Any] = {"ready": False, "committed": 0, "rss": 0}
+        self.state: dict[str, Any] = {"ready": False, "committed": 0, "transactions": 0, "rss": 0}
         self.thread = threading.Thread(target=self.read_states, daemon=True)
         self.thread.start()
 
@@ -240,8 +250,11 @@ class _StageProcess:
 
 def _run_copies(
     jobs: Sequence[_StageJob], num_records: int, on_progress: Callable[[int, int], None] = lambda committed, rss: None
-) -> int:
-    """Run copies of a stage until they have committed `num_records` records in total. Return the committed number."""
+) -> tuple[int, int]:
+    """Run copies of a stage until they have committed `num_records` records in total.
+
+    Return the numbers of committed records and of transactions.
+    """
     with ExitStack() as stack:
         copies = [stack.enter_context(_StageProcess(job)) for job in jobs]
         _wait_until(lambda: all(copy.state["ready"] for copy in copies), copies, _PROGRESS_TIMEOUT_S)
@@ -257,7 +270,7 @@ def _run_copies(
         for copy in copies:
             copy.stop()
         on_progress(committed, copies[0].state["rss"])
-        return sum(copy.state["committed"] for copy in copies)
+        return sum(copy.state["committed"] for copy in copies), sum(copy.state["transactions"] for copy in copies)
 
 
 def _wait_until(condition: Callable[[], bool], copies: Sequence[_StageProcess], timeout_s: float) -> None:
@@ -268,25 +281,29 @@ def _wait_until(condition: Callable[[], bool], copies: Sequence[_StageProcess], 
         time.sleep(0.05)
 
 
-def _measure_charter(address: str, prefix: str, num_records: int, *, copies: int = 1, **options: Any) -> float:
-    """Return the rate of Charter's hop, with the same Host, Worker, ModelExecutor, journal and codec as in `charter run`."""
+def _measure_charter(address: str, prefix: str, num_records: int, *, copies: int = 1, **options: Any) -> tuple[float, int]:
+    """Return the rate of Charter's hop, and the mean number of records of a transaction.
+
+    The hop has the same Host, Worker, ModelExecutor, journal and codec as in `charter run`.
+    """
     name = f"hop{time.time_ns()}"
     bus = open_bus(address, prefix=prefix)
     start_offsets = bus.end_offsets([_TARGET_TOPIC])
     jobs = [_StageJob(address, prefix, name, instance=str(n), copies=copies, **options) for n in range(copies)]
-    num_committed = _run_copies(jobs, num_records)
+    num_committed, num_transactions = _run_copies(jobs, num_records)
     rate = _measure_throughput(bus, start_offsets, num_committed)
     bus.close()
-    return rate
+    return rate, round(num_committed / num_transactions)
 
 
 # Other clients
 
 
-def _run_bare_client(servers: str, source: str, target: str, group: str, count: int) -> None:
+def _run_bare_client(servers: str, source: str, target: str, group: str, count: int, batch: int, interval_s: float) -> None:
     """Copy bytes exactly once with kafka-python in one thread. Check every future, as Charter does.
 
-    A client that uses kafka-python in one thread cannot be faster than this function.
+    A client that uses kafka-python in one thread cannot be faster than this function. It commits after each poll, so it needs no
+    `interval_s`.
     """
     client: dict[str, Any] = {"bootstrap_servers": servers}
     producer = kafka.KafkaProducer(**client, **make_producer_options(), transactional_id=group)
@@ -295,7 +312,7 @@ def _run_bare_client(servers: str, source: str, target: str, group: str, count: 
     consumer = kafka.KafkaConsumer(source, **client, **settings, group_id=group)
     num_moved = 0
     while num_moved < count:
-        polled = consumer.poll(timeout_ms=500, max_records=COMMIT_BATCH_SIZE)
+        polled = consumer.poll(timeout_ms=500, max_records=batch)
         if not polled:
             continue
         producer.begin_transaction()
@@ -312,30 +329,98 @@ def _run_bare_client(servers: str, source: str, target: str, group: str, count: 
     producer.close(timeout=5)
 
 
-def _measure_process(command: Sequence[str], address: str, prefix: str, count: int) -> float:
-    """Return the rate of another client. The process of the client must end after it has copied `count` records."""
-    bus = open_bus(address, prefix=prefix)
-    start_offsets = bus.end_offsets([_TARGET_TOPIC])
+def _start_client(
+    command: Sequence[str], address: str, prefix: str, count: int, batch: int, interval_s: float
+) -> subprocess.Popen[bytes]:
+    """Start another client. It ends after it has copied `count` records.
+
+    It commits at the latest after `batch` records, or `interval_s` after the last commit.
+    """
     task = {
         "servers": address.removeprefix("kafka://"),
         "source": prefix + _SOURCE_TOPIC,
         "target": prefix + _TARGET_TOPIC,
         "group": f"other{time.time_ns()}",
         "count": count,
+        "batch": batch,
+        "interval_s": interval_s,
     }
     root = str(Path(__file__).parents[1])
-    completed = subprocess.run(
-        [*command, json.dumps(task)],
-        env=os.environ | {"PYTHONPATH": root},
-        cwd=root,
-        timeout=_CONTESTANT_TIMEOUT_S,
-        check=False,
+    return subprocess.Popen(
+        [*command, json.dumps(task)], env=os.environ | {"PYTHONPATH": root, "PYTHONWARNINGS": "ignore"}, cwd=root
     )
-    if completed.returncode:
-        raise SystemExit(f"{command[-1]} ended with exit code {completed.returncode}")
+
+
+def _wait_for_client(client: subprocess.Popen[bytes]) -> None:
+    try:
+        if client.wait(_CONTESTANT_TIMEOUT_S):
+            raise SystemExit(f"{client.args} ended with exit code {client.returncode}")
+    finally:
+        client.kill()
+
+
+def _measure_client(command: Sequence[str], address: str, prefix: str, count: int, batch: int) -> float:
+    """Return the rate of another client."""
+    bus = open_bus(address, prefix=prefix)
+    start_offsets = bus.end_offsets([_TARGET_TOPIC])
+    _wait_for_client(_start_client(command, address, prefix, count, batch, _CONTESTANT_TIMEOUT_S))
     rate = _measure_throughput(bus, start_offsets, count)
     bus.close()
     return rate
+
+
+# Latency
+
+
+@contextmanager
+def _run_client(command: Sequence[str], address: str, prefix: str, count: int, batch: int) -> Iterator[None]:
+    client = _start_client(command, address, prefix, count, batch, _LATENCY_INTERVAL_S)
+    try:
+        yield
+        _wait_for_client(client)
+    finally:
+        client.kill()
+
+
+@contextmanager
+def _run_charter(job: _StageJob) -> Iterator[None]:
+    with _StageProcess(job) as stage:
+        stage.start()
+        yield
+        stage.stop()
+
+
+def _measure_latency(address: str, prefix: str, seed: int, run: Callable[[], AbstractContextManager[None]]) -> list[float]:
+    """Return the sorted latencies of the records in seconds. The topics of `prefix` must be empty."""
+    bus = open_bus(address, prefix=prefix)
+    bus.create_topics(list(TOPICS.values()))
+    reader = bus.open_reader(bus.end_offsets([_TARGET_TOPIC]))
+    published: dict[bytes, float] = {}
+    received: dict[bytes, float] = {}
+
+    def publish(prompts: Sequence[Prompt]) -> None:
+        bus.publish([to_producer_record(prompt) for prompt in prompts])
+        published.update(dict.fromkeys((prompt.key for prompt in prompts), time.monotonic()))
+
+    def receive_until(deadline: float) -> None:
+        while len(received) < len(published) and time.monotonic() < deadline:
+            received.update(dict.fromkeys((record.key or b"" for record in reader.poll(0.005, 5000)), time.monotonic()))
+
+    prompts = list(make_prompts(1 + _LATENCY_BATCHES * _LATENCY_BATCH_SIZE, seed))
+    publish(prompts[:1])
+    with run():
+        receive_until(time.monotonic() + _PROGRESS_TIMEOUT_S)  # the client has joined its group when it has copied this record
+        for start in range(1, len(prompts), _LATENCY_BATCH_SIZE):
+            next_at = time.monotonic() + _LATENCY_INTERVAL_S
+            publish(prompts[start : start + _LATENCY_BATCH_SIZE])
+            receive_until(next_at)
+            time.sleep(max(0.0, next_at - time.monotonic()))
+        receive_until(time.monotonic() + _READ_IDLE_TIMEOUT_S)
+    reader.close()
+    bus.close()
+    if len(received) < len(published):
+        raise SystemExit(f"only {len(received)} of {len(published)} records have arrived")
+    return sorted(received[prompt.key] - published[prompt.key] for prompt in prompts[1:])
 
 
 def _prepare_quixstreams(folder: Path | None) -> Path | None:
@@ -384,7 +469,7 @@ def _measure_sqlite_hop(folder: Path, count: int, seed: int) -> float:
     started, next_id = time.monotonic(), 0
     while next_id < count:
         rows = db.execute(
-            "SELECT id, key, value FROM source WHERE id >= ? ORDER BY id LIMIT ?", (next_id, COMMIT_BATCH_SIZE)
+            "SELECT id, key, value FROM source WHERE id >= ? ORDER BY id LIMIT ?", (next_id, _SQLITE_BATCH_SIZE)
         ).fetchall()
         next_id = rows[-1][0] + 1
         db.execute("BEGIN IMMEDIATE")
@@ -420,48 +505,60 @@ class _HopBenchmark:
     seed: int
     quixstreams_python: Path | None
 
-    def measure_median(self, measure: Callable[[], float]) -> float:
-        return statistics.median(measure() for _ in range(self.num_rounds))
+    def measure_copies(self, num_records: int, copies: int, options: Mapping[str, Any]) -> float:
+        """Return the median rate of copies of a stage."""
+        rounds = (_measure_charter(self.address, "hop.", num_records, copies=copies, **options) for _ in range(self.num_rounds))
+        return statistics.median(rate for rate, _ in rounds)
+
+    def codec(self) -> Iterator[_ResultRow]:
+        yield _ResultRow("the codec alone, one thread, no log", _format_rate(_measure_codec(self.seed)))
 
     def hop(self) -> Iterator[_ResultRow]:
         """Compare the clients. Each round measures all clients, so a temporarily slower machine affects all clients."""
-        contestants = {
-            "charter": lambda: _measure_charter(self.address, "hop.", self.num_records),
-            "default": lambda: _measure_charter(
-                self.address, "hop.", self.num_records, batch=64, in_flight=WorkerLimits().max_in_flight
-            ),
-            "bare": lambda: _measure_process(
-                [sys.executable, "-m", "benchmarks.hop", "--bare"], self.address, "hop.", self.num_records
-            ),
+        for title, options, goals in (
+            ("Charter's hop with the default limits", _DEFAULT_OPTIONS, _GOALS),
+            (f"Charter's hop, {_MAX_IN_FLIGHT} in flight, batches of 500", {}, {}),
+        ):
+            rounds = [self.measure_round(options) for _ in range(self.num_rounds)]
+            medians = {name: statistics.median(measured[name] for measured in rounds) for name in rounds[0]}
+            yield _ResultRow(f"{title}, {medians['batch']:.0f} in a transaction", _format_rate(medians["charter"]))
+            for name in self.clients:
+                ratio = statistics.median(measured["charter"] / measured[name] for measured in rounds)
+                goal = _format_goal(name) if name in goals else ""
+                yield _ResultRow(f"  {_CLIENT_TITLES[name]} (ratio: Charter / this)", _format_rate(medians[name]), ratio, goal)
+
+    def measure_round(self, options: Mapping[str, Any]) -> dict[str, float]:
+        """Return the rate of each client. `batch` is the mean number of records in a transaction of Charter."""
+        rate, batch = _measure_charter(self.address, "hop.", self.num_records, **options)
+        rates = {
+            name: _measure_client(command, self.address, "hop.", self.num_records, batch)
+            for name, command in self.clients.items()
         }
+        return {"charter": rate, "batch": batch, **rates}
+
+    @property
+    def clients(self) -> dict[str, list[str]]:
+        """Return the commands of the other clients."""
+        clients = {"bare": [sys.executable, "-m", "benchmarks.hop", "--bare"]}
         if self.quixstreams_python:
-            script = str(Path(__file__).with_name("hop_quixstreams.py"))
-            contestants["quix"] = lambda: _measure_process(
-                [str(self.quixstreams_python), script], self.address, "hop.", self.num_records
+            clients["quix"] = [str(self.quixstreams_python), str(Path(__file__).with_name("hop_quixstreams.py"))]
+        return clients
+
+    def latency(self) -> Iterator[_ResultRow]:
+        """Measure the latency of each client with few records, so that no records wait."""
+        count, batch = 1 + _LATENCY_BATCHES * _LATENCY_BATCH_SIZE, WorkerLimits().max_in_flight
+        contestants: dict[str, Callable[[str], AbstractContextManager[None]]] = {
+            "Charter's hop with the default limits": lambda prefix: _run_charter(
+                _StageJob(self.address, prefix, "latency", **_DEFAULT_OPTIONS)
             )
-        rounds = [{name: measure() for name, measure in contestants.items()} for _ in range(self.num_rounds)]
-        rates = {name: statistics.median(round_rates[name] for round_rates in rounds) for name in contestants}
-        charter_rate = rates["charter"]
-        yield _ResultRow("the codec alone, one thread, no log", _format_rate(_measure_codec(self.seed)))
-        yield _ResultRow(f"Charter's hop ({_MAX_IN_FLIGHT} in flight)", _format_rate(charter_rate))
-        yield _ResultRow(
-            "Charter's hop (256 in flight, batches of 64: the defaults)",
-            _format_rate(rates["default"]),
-            rates["default"] / charter_rate,
-        )
-        yield _ResultRow(
-            "bare kafka-python, copies bytes (ratio: Charter / this)",
-            _format_rate(rates["bare"]),
-            charter_rate / rates["bare"],
-            _format_goal("bare"),
-        )
-        if "quix" in rates:
-            yield _ResultRow(
-                "quixstreams, exactly once, same codec (ratio: Charter / this)",
-                _format_rate(rates["quix"]),
-                charter_rate / rates["quix"],
-                _format_goal("quix"),
-            )
+        }
+        for name, command in self.clients.items():
+            contestants[_CLIENT_TITLES[name]] = partial(_run_client, command, self.address, count=count, batch=batch)
+        for title, run in contestants.items():
+            prefix = f"latency{time.time_ns()}."
+            latencies = _measure_latency(self.address, prefix, self.seed, partial(run, prefix))
+            for share, label in ((0.5, "median"), (0.99, "99th percentile")):
+                yield _ResultRow(f"latency, {label}: {title}", f"{latencies[int(share * len(latencies))] * 1000:.0f} ms")
 
     def copies(self) -> Iterator[_ResultRow]:
         """Compare one and two copies of a stage, with and without model latency."""
@@ -471,10 +568,7 @@ class _HopBenchmark:
             (waiting_stage, self.num_records // 4, model),
             ("a stage without computation", self.num_records * 3 // 4, {}),
         ):
-            one, two = (
-                self.measure_median(partial(_measure_charter, self.address, "hop.", num_records, copies=n, **options))
-                for n in (1, 2)
-            )
+            one, two = (self.measure_copies(num_records, n, options) for n in (1, 2))
             yield _ResultRow(f"one copy of {name}", _format_rate(one))
             yield _ResultRow("  two copies", _format_rate(two), two / one, _format_goal("copies"))
 
@@ -502,7 +596,7 @@ class _HopBenchmark:
         _publish_prompts(bus, self.num_records, self.seed)
         bus.close()
         sqlite_rate = _measure_sqlite_hop(self.folder, self.num_records, self.seed)
-        charter_rate = _measure_charter(folder, "hop.", self.num_records)
+        charter_rate, _ = _measure_charter(folder, "hop.", self.num_records)
         yield _ResultRow("Charter's hop on the embedded log", _format_rate(charter_rate), charter_rate / sqlite_rate)
         yield _ResultRow("  a bare SQLite loop, copies bytes", _format_rate(sqlite_rate))
 
@@ -556,11 +650,11 @@ def _profile_stage(address: str, num_records: int, num_functions: int = 25) -> N
 def _parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--records", type=int, default=30_000)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--waiting", type=int, default=200_000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--quix-venv", type=Path)
-    parser.add_argument("--only", choices=("hop", "copies", "memory", "embedded"), action="append")
+    parser.add_argument("--only", choices=_MEASUREMENTS, action="append")
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--stage", help=argparse.SUPPRESS)  # this script starts processes with these two options
     parser.add_argument("--bare", help=argparse.SUPPRESS)
@@ -593,8 +687,8 @@ def _run_benchmarks(options: argparse.Namespace, address: str, folder: Path) -> 
     if options.profile:
         _profile_stage(address, options.records)
         return
-    names = options.only or ("hop", "copies", "memory", "embedded")
-    quix = _prepare_quixstreams(options.quix_venv) if "hop" in names else None
+    names = options.only or _MEASUREMENTS
+    quix = _prepare_quixstreams(options.quix_venv) if {"hop", "latency"} & set(names) else None
     bench = _HopBenchmark(address, folder, options.records, options.rounds, options.waiting, options.seed, quix)
     print(
         f"{os.cpu_count()} cores, shared by the broker and the clients; {size} bytes per record; median of {options.rounds} rounds"

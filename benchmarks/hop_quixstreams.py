@@ -13,8 +13,6 @@ import sys
 from schemas.codec import decode_record, encode_record
 from schemas.records import Completion, Prompt, Response
 
-COMMIT_BATCH_SIZE = 500
-
 
 def make_response(prompt: Prompt) -> Response:
     """Return a response whose only completion is the prompt's content. The response is about as large as the prompt."""
@@ -30,7 +28,7 @@ def make_response(prompt: Prompt) -> Response:
     )
 
 
-def main(servers: str, source: str, target: str, group: str, count: int) -> None:
+def main(servers: str, source: str, target: str, group: str, count: int, batch: int, interval_s: float) -> None:
     from quixstreams import Application
 
     app = Application(
@@ -38,7 +36,8 @@ def main(servers: str, source: str, target: str, group: str, count: int) -> None
         consumer_group=group,
         auto_offset_reset="earliest",
         processing_guarantee="exactly-once",
-        commit_every=COMMIT_BATCH_SIZE,
+        commit_every=batch,
+        commit_interval=interval_s,
         auto_create_topics=False,
         producer_extra_config={"compression.type": "lz4"},
         loglevel="WARNING",

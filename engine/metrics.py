@@ -135,6 +135,9 @@ def collect_worker_metrics(worker: Worker) -> Iterator[MetricSample]:
         "charter_records_read_total", "Records that the stage has processed and committed.", worker.num_committed, labels
     )
     yield MetricSample("charter_records_written_total", "Records that the stage has written.", worker.num_written, labels)
+    yield MetricSample(
+        "charter_transactions_total", "Transactions in which the stage has committed records.", worker.num_transactions, labels
+    )
     yield MetricSample("charter_dead_letters_total", "Records that became dead letters.", worker.num_dead_letters, labels)
     yield MetricSample(
         "charter_erased_records_total", "Records of erased prompts that were skipped.", worker.num_erased, labels

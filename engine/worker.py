@@ -61,7 +61,7 @@ from schemas.topics import MAX_RECORD_BYTES, TOPICS
 logger = logging.getLogger("charter.worker")
 
 _IDLE_POLL_TIMEOUT_S = 0.5
-_BUSY_POLL_TIMEOUT_S = 0.02
+_BUSY_WAIT_S = 0.02
 _PAUSE_REPORT_INTERVAL_S = 30.0
 _MAX_COMMIT_RECORDS = 500
 _MAX_COMMIT_BYTES = 16 * 1024 * 1024
@@ -174,7 +174,7 @@ class ModelExecutor:
             with self.condition:
                 selected = self.select_batch()
                 if selected is None:
-                    self.condition.wait(_BUSY_POLL_TIMEOUT_S)
+                    self.condition.wait(_BUSY_WAIT_S)
                     continue
                 worker, items = selected
             worker.process_batch(items)
@@ -263,6 +263,7 @@ class Worker:
         self.epochs: Offsets = {}  # the assignment at the last poll
         self.transaction: OpenTransaction | None = None
         self.progress = threading.Event()  # set when a batch or a transaction has ended
+        self.has_read = False  # whether the last poll returned records
         self.queues: dict[str, deque[InFlightRecord]] = {topic: deque() for topic in stage.inputs}
         self.retry_queue: list[InFlightRecord] = []  # records that wait for their next attempt
         if journal:
@@ -286,6 +287,7 @@ class Worker:
         self.num_duplicates = 0  # records that were skipped because of `first_per_key`
         self.num_committed = 0  # input records
         self.num_written = 0  # output records
+        self.num_transactions = 0  # with records
         self.num_dead_letters = self.num_pauses = self.num_batches = self.num_tokens = 0
         self.batch_seconds = 0.0
         self.idle_positions: Offsets = {}  # the positions at the last poll, if no record was in flight
@@ -360,18 +362,17 @@ class Worker:
         removed from the group.
         """
         max_records = self.apply_backpressure()
-        timeout_s = _BUSY_POLL_TIMEOUT_S if self.num_in_flight else _IDLE_POLL_TIMEOUT_S
-        if self.partitions_paused and self.num_in_flight:
-            self.progress.wait(timeout_s)  # the consumer would wait for the whole time, because it reads nothing
-            timeout_s = 0.0
+        if self.num_in_flight and not self.has_read:
+            self.progress.wait(_BUSY_WAIT_S)  # a poll with a timeout would not end when there is something to commit
         self.progress.clear()
         with self.call_tracker.track("poll"):
             try:
-                consumer_records = self.consumer.poll(timeout_s, max_records)
+                consumer_records = self.consumer.poll(0.0 if self.num_in_flight else _IDLE_POLL_TIMEOUT_S, max_records)
             except OffsetsLost:
                 self.topic_guard.verify()  # offsets of a deleted topic do not exist in the new topic
                 raise
             self.start_held_partitions()
+        self.has_read = bool(consumer_records)
         epochs = self.consumer.assignment()
         if epochs != self.epochs:
             self.drop_lost_partitions(epochs)
@@ -848,6 +849,7 @@ class Worker:
         self.clear_crash_count(transaction.items)
         self.drop_committed(transaction.offsets)
         self.num_committed += len(transaction.items)
+        self.num_transactions += 1
         self.count_erased(transaction.items)
         self.num_of_other_runs.update(item.other_run_id for item in transaction.items if item.other_run_id)
         self.num_written += len(transaction.outputs)

@@ -13,7 +13,7 @@ that apply the rule, so a difference between arms is a difference of methods.
 Each arm trains from the base model and is measured on held-out prompts with its last policy. The table has the mean difference to
 the base model for the same prompts. The interval is a bootstrap over the seeds and then the prompts. An arm "moves" a metric only if
 the interval excludes 0 and the difference has the same sign in every seed. The price of an arm is its perplexity of texts by people,
-and its strict rate on IFEval with --ifeval.
+and its strict rate on IFEval with --ifeval, which is measured for the first seed.
 
 The seeds were named before the first run. Every seed of the selection is reported, and an arm with an unfinished seed is shown as
 unfinished. A command that was stopped or killed continues with the same --data. The exit code is 1 if an arm is unfinished.
@@ -186,7 +186,12 @@ def _parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--updates", type=_parse_count, metavar="N", help="updates after the first act [default: 3 small, 2 smollm2]")
     add("--held-out", type=_parse_count, metavar="N", default=72, help="held-out prompts that are measured [default: 72]")
     add("--samples", type=_parse_count, metavar="K", default=2, help="responses to each held-out prompt [default: 2]")
-    add("--ifeval", type=Path, metavar="FILE", help="file of IFEval, to measure it with the base model and the last policy")
+    add(
+        "--ifeval",
+        type=Path,
+        metavar="FILE",
+        help="file of IFEval, to measure it with the base model and the last policy of the first seed",
+    )
     add("--ifeval-limit", type=_parse_count, metavar="N", default=40, help="prompts of IFEval [default: 40]")
     add(
         "--human-text", type=Path, metavar="FILE", help="JSON lines with the column completion (and prompt), for the perplexity"
