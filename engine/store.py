@@ -26,11 +26,11 @@ from engine.access_lock import AccessLock
 from engine.checkpoints import fsync_path
 from engine.database_paths import require_supported_path, to_database_path
 from engine.errors import DataFolderVersionMismatch, QueryTimeout, StoreBusy, StoreDamaged, StoreFull, UsageError, WalDamaged
-from engine.tables import FORMAT_VERSION, build_create_statements
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
+FORMAT_VERSION = 14  # of the tables and their meaning; a database with another format is refused
 QUERY_LIMIT_S = 2.0
 # Queries have no access to files, the network and extensions, and SQL cannot change that. This is set when the file is opened, because
 # simultaneous readers of a process share one instance of the database, whose configuration is locked.
@@ -163,6 +163,8 @@ class Store:
 
         Raise DataFolderVersionMismatch if another version created the database. Raise StoreDamaged if it is damaged.
         """
+        from engine.tables import build_create_statements  # slow, and a process that only reads does not need it
+
         statements = build_create_statements()
         definition_hash = hashlib.sha256("\n".join(statements).encode()).hexdigest()
         with self.open_write_session(create=True) as connection:
