@@ -20,7 +20,7 @@ def database(tmp_path_factory):
     return RecordDatabase(tmp_path_factory.mktemp("data") / "charter.duckdb")
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def query(database):
     """Run queries in one session: to open the database takes longer than a query."""
     with database.store.open_read_session(limit_s=HANG_S) as session:
