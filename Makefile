@@ -18,6 +18,7 @@ set-up: ## Create .venv, install the packages, convert the small model
 demo: set-up ## Run the whole loop once, with a small real model
 	@$(BIN)/charter demo
 
+test: export OMP_NUM_THREADS = 1
 test: set-up ## Run all tests, in six processes (many tests wait for brokers and for killed processes)
 	@$(BIN)/python -m pytest -q -n 6 --dist worksteal
 

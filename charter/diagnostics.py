@@ -27,7 +27,7 @@ from engine.models import SCRIPTED_SPEC, resolve_model_folder, smollm2
 from engine.models.chat_api import ServerCapabilities
 from engine.models.endpoint import get_api_key_variable, open_endpoint
 from engine.settings import ModelsSettings, Settings
-from engine.tables import FORMAT_VERSION
+from engine.store import FORMAT_VERSION
 from engine.text import format_count
 from schemas.topics import TOPICS
 

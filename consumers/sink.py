@@ -72,17 +72,16 @@ class Sink:
         self.max_rows, self.max_wait_s = max_rows, max_wait_s
         self.topic_ids = bus.topic_ids(list(TOPICS))
         self.topic_guard = TopicGuard(bus, self.topic_ids)
-        self.store.create_schema()
         self.num_deleted_offsets = 0
-        self.next_offsets = self.load_offsets()
-        with self.store.open_write_session() as connection:
+        self.erased_prompts = ErasedPrompts(bus)
+        with self.store.open_complete_database() as connection:
+            self.next_offsets = self.load_offsets(connection)
             self.session_id = begin_session(connection)
+            self.erased_prompts.prompt_ids |= _load_prompt_ids(connection, "raw.erasures")
+            self.unfinished_erasures = _load_prompt_ids(connection, "raw.unfinished_erasures")
         self.unreached_ends: Offsets = bus.end_offsets(list(TOPICS))
         self.partitions_checked_at = time.monotonic()
         self.call_tracker = CallTracker("the sink")
-        self.erased_prompts = ErasedPrompts(bus)
-        self.erased_prompts.prompt_ids |= self.load_prompt_ids("raw.erasures")
-        self.unfinished_erasures = self.load_prompt_ids("raw.unfinished_erasures")
         self.erasure_failures = 0
         self.next_erasure_attempt_at = 0.0
         self.num_erased = 0
@@ -230,31 +229,32 @@ class Sink:
 
     # Offsets
 
-    def load_offsets(self) -> dict[TopicPartition, int]:
+    def load_offsets(self, connection: duckdb.DuckDBPyConnection) -> dict[TopicPartition, int]:
         """Return the next offset of each partition from the database. A new partition starts at its beginning.
 
         Warn about the offsets that were deleted from a new partition before this database. Raise StoreMismatch if the rows are of
         another log, or if an offset is above the end of the log.
         """
-        deleted: Offsets = {}
-        with self.store.open_write_session() as connection:
-            stored = read_matching_offsets(connection, self.bus, self.store.path)
-            beginning_offsets = self.bus.beginning_offsets(list(TOPICS))
-            offsets = {}
-            for topic_partition, beginning_offset in beginning_offsets.items():
-                topic, partition = topic_partition
-                offset = stored.get(topic_partition)
-                if offset is None:
-                    offset = beginning_offset
-                    row = [self.bus.cluster_id, self.topic_ids[topic], topic, partition, offset]
-                    connection.execute("INSERT INTO raw.sink_offsets SELECT ?, ?, ?, ?, ?, next_seq FROM raw.sink_state", row)
-                    if beginning_offset:
-                        deleted[topic_partition] = beginning_offset
-                elif offset < beginning_offset:
-                    raise _make_offsets_lost_error(topic_partition, offset, beginning_offset)
-                offsets[topic_partition] = offset
-        self.warn_about_deleted_offsets(deleted)
-        return offsets
+        stored = read_matching_offsets(connection, self.bus, self.store.path)
+        beginning_offsets = self.bus.beginning_offsets(list(TOPICS))
+        for topic_partition, beginning_offset in beginning_offsets.items():
+            if (offset := stored.get(topic_partition, beginning_offset)) < beginning_offset:
+                raise _make_offsets_lost_error(topic_partition, offset, beginning_offset)
+        new = {key: offset for key, offset in beginning_offsets.items() if key not in stored}
+        if new:
+            connection.execute(
+                "INSERT INTO raw.sink_offsets SELECT ?, new.*, next_seq"
+                " FROM (SELECT unnest(?), unnest(?), unnest(?), unnest(?)) AS new, raw.sink_state",
+                [
+                    self.bus.cluster_id,
+                    [self.topic_ids[topic] for topic, _ in new],
+                    [topic for topic, _ in new],
+                    [partition for _, partition in new],
+                    list(new.values()),
+                ],
+            )
+        self.warn_about_deleted_offsets({key: offset for key, offset in new.items() if offset})
+        return {key: stored.get(key, offset) for key, offset in beginning_offsets.items()}
 
     def warn_about_deleted_offsets(self, deleted: Offsets) -> None:
         """Log and count the offsets that do not exist on the log any more, and whose records this database has never had."""
@@ -271,10 +271,6 @@ class Sink:
             ),
         )
 
-    def load_prompt_ids(self, table: str) -> set[str]:
-        with self.store.open_write_session() as connection:
-            return {str(prompt_id) for (prompt_id,) in connection.execute(f"SELECT prompt_id FROM {table}").fetchall()}
-
     def discover_partitions(self) -> None:
         """Check for new partitions once a minute. Read new partitions from their beginning."""
         if time.monotonic() - self.partitions_checked_at < _PARTITION_POLL_INTERVAL_S:
@@ -283,7 +279,9 @@ class Sink:
         self.unreached_ends = self.bus.end_offsets(list(TOPICS))
         if set(self.bus.beginning_offsets(list(TOPICS))) > set(self.next_offsets):
             self.release_connection()
-            new_offsets = {key: offset for key, offset in self.load_offsets().items() if key not in self.next_offsets}
+            with self.store.open_write_session() as connection:
+                offsets = self.load_offsets(connection)
+            new_offsets = {key: offset for key, offset in offsets.items() if key not in self.next_offsets}
             self.next_offsets |= new_offsets
             self.reader.add_partitions(new_offsets)
 
@@ -366,6 +364,10 @@ class Sink:
                 f"{topic_partition.topic}[{topic_partition.partition}] is no longer at offset {self.next_offsets[topic_partition]}",
                 "stop one of the sinks, or give the second one a separate database: --data FOLDER",
             )
+
+
+def _load_prompt_ids(connection: duckdb.DuckDBPyConnection, table: str) -> set[str]:
+    return {str(prompt_id) for (prompt_id,) in connection.execute(f"SELECT prompt_id FROM {table}").fetchall()}
 
 
 def _make_offsets_lost_error(topic_partition: TopicPartition, offset: int, beginning_offset: int) -> OffsetsLost:

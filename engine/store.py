@@ -26,11 +26,11 @@ from engine.access_lock import AccessLock
 from engine.checkpoints import fsync_path
 from engine.database_paths import require_supported_path, to_database_path
 from engine.errors import DataFolderVersionMismatch, QueryTimeout, StoreBusy, StoreDamaged, StoreFull, UsageError, WalDamaged
-from engine.tables import FORMAT_VERSION, build_create_statements
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
+FORMAT_VERSION = 14  # of the tables and their meaning; a database with another format is refused
 QUERY_LIMIT_S = 2.0
 # Queries have no access to files, the network and extensions, and SQL cannot change that. This is set when the file is opened, because
 # simultaneous readers of a process share one instance of the database, whose configuration is locked.
@@ -159,23 +159,25 @@ class Store:
                 yield connection
 
     def create_schema(self) -> None:
-        """Create the database, and the missing tables and views. Do nothing if this version of Charter has created all of them.
+        """Create the database, and the missing tables and views. Raise the errors of `open_complete_database`."""
+        with self.open_complete_database():
+            pass
+
+    @contextmanager
+    def open_complete_database(self) -> Iterator[duckdb.DuckDBPyConnection]:
+        """Open a write session. Create the database, and the tables and views that are missing in it, if necessary.
 
         Raise DataFolderVersionMismatch if another version created the database. Raise StoreDamaged if it is damaged.
         """
+        from engine.tables import build_create_statements  # slow, and a process that only reads does not need it
+
         statements = build_create_statements()
         definition_hash = hashlib.sha256("\n".join(statements).encode()).hexdigest()
         with self.open_write_session(create=True) as connection:
             check_format_version(connection, self.path)
-            if _read_schema_label(connection) == _build_schema_label(connection, definition_hash):
-                return
-            connection.begin()
-            for statement in statements:
-                connection.execute(statement)
-            connection.execute(f"COMMENT ON TABLE raw.sink_state IS '{_build_schema_label(connection, definition_hash)}'")
-            if connection.execute("SELECT count(*) FROM raw.sink_state").fetchall() == [(0,)]:
-                connection.execute("INSERT INTO raw.sink_state VALUES (?, 0, NULL)", [FORMAT_VERSION])
-            connection.commit()
+            if _read_schema_label(connection) != _build_schema_label(connection, definition_hash):
+                _create_tables_and_views(connection, statements, definition_hash)
+            yield connection
 
     def require_no_orphaned_wal(self) -> None:
         """Raise WalDamaged if there is a write-ahead log without a database. DuckDB would delete the write-ahead log."""
@@ -212,6 +214,16 @@ class Store:
             fsync_path(copy)
             copy.replace(path)
             fsync_path(path.parent)
+
+
+def _create_tables_and_views(connection: duckdb.DuckDBPyConnection, statements: Sequence[str], definition_hash: str) -> None:
+    connection.begin()
+    for statement in statements:
+        connection.execute(statement)
+    connection.execute(f"COMMENT ON TABLE raw.sink_state IS '{_build_schema_label(connection, definition_hash)}'")
+    if connection.execute("SELECT count(*) FROM raw.sink_state").fetchall() == [(0,)]:
+        connection.execute("INSERT INTO raw.sink_state VALUES (?, 0, NULL)", [FORMAT_VERSION])
+    connection.commit()
 
 
 def _build_schema_label(connection: duckdb.DuckDBPyConnection, definition_hash: str) -> str:
@@ -331,8 +343,10 @@ def _parse_lock_holder(error_message: str) -> str:
 
 def read_format_version(connection: duckdb.DuckDBPyConnection) -> int | None:
     """Return the format version of a Charter database, or None if another program created the database."""
-    tables = connection.execute("SELECT table_schema || '.' || table_name FROM information_schema.tables").fetchall()
-    rows = connection.execute("SELECT version FROM raw.sink_state").fetchall() if ("raw.sink_state",) in tables else []
+    try:
+        rows = connection.execute("SELECT version FROM raw.sink_state").fetchall()
+    except duckdb.CatalogException:  # there is no such table; to list the tables would take longer than to open the file
+        return None
     return int(rows[0][0]) if rows else None
 
 

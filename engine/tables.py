@@ -37,7 +37,6 @@ _VIEW_FILES = tuple(
     Path(__file__).with_name(f"{name}.sql")
     for name in ("views", "stats_views", "monitor_views", "training_views", "suite_views", "suite_result_views")
 )
-FORMAT_VERSION = 14
 _PRIMITIVE_TYPES: dict[Any, tuple[str, pa.DataType]] = {
     str: ("VARCHAR", pa.string()),
     int: ("BIGINT", pa.int64()),

@@ -10,11 +10,14 @@ from __future__ import annotations
 import ipaddress
 import os
 import urllib.request
+from functools import lru_cache
 from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 if TYPE_CHECKING:
+    import ssl
     from collections.abc import Iterator
 
     import httpx
@@ -37,7 +40,7 @@ def create_http_client(**options: Any) -> httpx.Client:
     import httpx
 
     try:
-        return httpx.Client(**options)
+        return httpx.Client(**{"verify": _load_certificates(options.get("trust_env", True))} | options)
     except (ValueError, ImportError, httpx.InvalidURL):
         # The original error can contain the password of a proxy.
         raise _describe_proxy_problem() from None
@@ -50,6 +53,24 @@ def create_http_client(**options: Any) -> httpx.Client:
             if names
             else "install httpx and certifi again",
         ) from error
+
+
+def _load_certificates(trust_env: bool) -> ssl.SSLContext:
+    """Return the certificates that httpx would read for each client. To read a file takes most of the time to create a client."""
+    import httpx
+
+    path = os.environ.get("SSL_CERT_FILE", "") if trust_env else ""
+    if not path and trust_env and os.environ.get("SSL_CERT_DIR"):
+        return httpx.create_ssl_context()  # reads the files of a folder only when it needs them
+    return _read_certificates(path, Path(path).stat().st_mtime_ns if path else 0)
+
+
+@lru_cache(maxsize=2)
+def _read_certificates(path: str, _changed_at_ns: int) -> ssl.SSLContext:
+    """Read a file of certificates once, and again after it has changed. An empty path is the file of httpx."""
+    import httpx
+
+    return httpx.create_ssl_context(trust_env=bool(path))
 
 
 def find_proxy_variable(url: str) -> str:

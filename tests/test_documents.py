@@ -16,6 +16,7 @@ from engine.budget import parse_prices
 from engine.settings import Settings, iter_settings, load_settings
 from engine.store import Store
 from producers.recipe import parse_recipe
+from tests.support.waiting import HANG_S
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -43,8 +44,9 @@ def test_queries_run(tmp_path):
     store.create_schema()
     queries = [arguments(command)[1] for command in COMMANDS if command.startswith('sql "')]
     assert len(queries) >= 5
-    for query in queries:
-        assert store.query(query).columns
+    with store.open_read_session(limit_s=HANG_S) as session:
+        for query in queries:
+            assert session(query).columns
 
 
 def test_settings_exist():

@@ -404,16 +404,19 @@ def export_dataset(
             with path.open("rb") as file:
                 split_stats[split].content_hash = hashlib.file_digest(file, "sha256").hexdigest()
         progress.start_step("describing the rows")
-        excluded = list_excluded(store, format_name, selection)
-        left_out = [*excluded, *list_left_out(selection, split_stats)]
-        if not any(stats.num_rows for stats in split_stats.values()):
-            why = f"no record matches that can be a row of {format_name}" + (
-                f"; left out: {format_reasons(left_out)}" if left_out else ""
-            )
-            fix = "type: charter status    (to see the record counts), or remove --run, --source, --min-margin and --no-flips"
-            raise UsageError("there is nothing to export", why, fix)
-        trainer, columns = export_format.trainer, export_format.columns
-        card = format_dataset_card(store, format_name, trainer, columns, selection, split_stats, suffix, limits, left_out)
+        with store.open_read_session(limit_s=_QUERY_TIMEOUT_S) as query:
+            excluded = list_excluded(query, format_name, selection)
+            left_out = [*excluded, *list_left_out(selection, split_stats)]
+            if not any(stats.num_rows for stats in split_stats.values()):
+                why = f"no record matches that can be a row of {format_name}" + (
+                    f"; left out: {format_reasons(left_out)}" if left_out else ""
+                )
+                fix = (
+                    "type: charter status    (to see the record counts), or remove --run, --source, --min-margin and --no-flips"
+                )
+                raise UsageError("there is nothing to export", why, fix)
+            trainer, columns = export_format.trainer, export_format.columns
+            card = format_dataset_card(query, format_name, trainer, columns, selection, split_stats, suffix, limits, left_out)
         (folder / "README.md").write_text(card, encoding="utf-8")
     return split_stats, excluded
 

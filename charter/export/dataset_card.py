@@ -12,9 +12,8 @@ import charter
 from charter.export.selection import UNCERTAIN_MARGIN, ExportSelection, SplitStats
 from charter.label_quality import TIE_MARGIN, LabelQuality, judge_labels, read_label_quality
 from engine.settings import LabelQualitySettings
-from engine.store import Store
+from engine.store import QueryFunction
 
-_QUERY_TIMEOUT_S = 60.0
 _TITLES = {
     "sft": "SFT data",
     "openai": "Conversations",
@@ -160,7 +159,7 @@ def _format_feature(name: str, arrow_type: pa.DataType, indent: str) -> list[str
 
 
 def format_dataset_card(
-    store: Store,
+    query: QueryFunction,
     format_name: str,
     trainer: str,
     columns: Mapping[str, pa.DataType],
@@ -197,15 +196,15 @@ def format_dataset_card(
             if constitutions
             else _explain_no_models(format_name)
         ),
-        "## Models\n\n" + _format_models(store, format_name, selection),
+        "## Models\n\n" + _format_models(query, format_name, selection),
         "## Excluded records\n\n" + (_format_markdown_table(["reason", "records"], excluded) if excluded else "None."),
     ]
     if _KINDS[format_name] == "preference":
         parts.append("## Label certainty\n\n" + _format_certainty(selection, split_stats))
-        parts.append("## Can I train on this?\n\n" + _format_verdict(store, selection, split_stats, limits))
+        parts.append("## Can I train on this?\n\n" + _format_verdict(query, selection, split_stats, limits))
         parts.append(
             "## Judge outcomes\n\n"
-            + _format_markdown_table(["preset", "outcome", "labels"], _query_selection(store, _PRESETS_SQL, selection))
+            + _format_markdown_table(["preset", "outcome", "labels"], _query_selection(query, _PRESETS_SQL, selection))
         )
     parts.append(
         "Prompts may be offensive on purpose, and responses may be wrong. Responses and labels come from models unless the label"
@@ -214,12 +213,12 @@ def format_dataset_card(
     return "\n\n".join(parts) + "\n"
 
 
-def _query_selection(store: Store, sql: str, selection: ExportSelection) -> list[tuple[Any, ...]]:
+def _query_selection(query: QueryFunction, sql: str, selection: ExportSelection) -> list[tuple[Any, ...]]:
     parameters = selection.parameters if "{where}" in sql else {}
-    return store.query(sql.replace("{where}", f"({selection.where_clause})"), parameters, limit_s=_QUERY_TIMEOUT_S).rows
+    return query(sql.replace("{where}", f"({selection.where_clause})"), parameters).rows
 
 
-def _format_models(store: Store, format_name: str, selection: ExportSelection) -> str:
+def _format_models(query: QueryFunction, format_name: str, selection: ExportSelection) -> str:
     kind = _KINDS[format_name]
     if kind == "prompts":
         return _NO_RESPONSES
@@ -231,7 +230,7 @@ def _format_models(store: Store, format_name: str, selection: ExportSelection) -
     sql = _MODELS_SQL
     for name, part in parts.items():
         sql = sql.replace(f"{{{name}}}", part)
-    rows = _query_selection(store, sql, selection)
+    rows = _query_selection(query, sql, selection)
     return _format_markdown_table(["stage", "model", "records"], rows) if rows else _HUMAN_DATA_ONLY
 
 
@@ -274,12 +273,12 @@ def _format_certainty(selection: ExportSelection, split_stats: dict[str, SplitSt
 
 
 def _format_verdict(
-    store: Store, selection: ExportSelection, split_stats: dict[str, SplitStats], limits: LabelQualitySettings
+    query: QueryFunction, selection: ExportSelection, split_stats: dict[str, SplitStats], limits: LabelQualitySettings
 ) -> str:
     """Return the verdict on the labels of the split train. Flips that were left out count, because they show the judge's bias."""
     stats = split_stats.get("train", SplitStats())
-    num_flips = stats.num_flips_left_out + _query_selection(store, _REJECTED_FLIPS_SQL, selection)[0][0]
-    all_labels = read_label_quality(store.query)
+    num_flips = stats.num_flips_left_out + _query_selection(query, _REJECTED_FLIPS_SQL, selection)[0][0]
+    all_labels = read_label_quality(query)
     quality = LabelQuality(
         labels=len(stats.margins),
         both_orders=stats.num_both_orders + num_flips,
@@ -292,7 +291,7 @@ def _format_verdict(
     return _escape_cell(judge_labels(quality, limits))
 
 
-def list_excluded(store: Store, format_name: str, selection: ExportSelection) -> list[tuple[str, int]]:
+def list_excluded(query: QueryFunction, format_name: str, selection: ExportSelection) -> list[tuple[str, int]]:
     """Return the reasons why records are in no training view, and the number of records of each reason."""
     sql = _EXCLUDED_SQL[_KINDS[format_name]]
     is_contrast = format_name == "contrast"
@@ -300,7 +299,7 @@ def list_excluded(store: Store, format_name: str, selection: ExportSelection) ->
     sql = sql.replace("{other_pairs}", other).replace(
         "{is_exported}", f"(label_source {'=' if is_contrast else '<>'} 'CONTRAST')"
     )
-    return [(reason, count) for reason, count in _query_selection(store, sql, selection) if count]
+    return [(reason, count) for reason, count in _query_selection(query, sql, selection) if count]
 
 
 def list_left_out(selection: ExportSelection, split_stats: dict[str, SplitStats]) -> list[tuple[str, int]]:

@@ -233,10 +233,13 @@ def require_same_log(store: Store, spec: TopicSpec, snapshot: Snapshot, state: T
     exported = [replace(part, start_offset=part.end_offset) for part in snapshot.list_exported_ranges(spec, state)]
     added_sql = _build_query(spec, "part, _offset", "< start_offset AND (NOT is_duplicate OR content_mismatch)") + " LIMIT 1"
     last_seq = snapshot.next_seq - 1
+    can_have_added = bool(start_seq and exported)
+    if not last_rows and not can_have_added:
+        return
     with store.open_read_session(limit_s=_SELECT_LIMIT_S) as session:
         last_sql = _build_query(spec, "topic_id, part, _offset, content_hash")
         rows = session(last_sql, _make_parameters(last_rows, 0, last_seq)).rows if last_rows else []
-        added = session(added_sql, _make_parameters(exported, start_seq, last_seq)).rows if start_seq and exported else []
+        added = session(added_sql, _make_parameters(exported, start_seq, last_seq)).rows if can_have_added else []
     differing = [
         (part, offset) for topic_id, part, offset, hash_ in rows if hash_ != state.positions[(topic_id, part)].last_hash
     ]

@@ -26,9 +26,10 @@ def open_model(spec: str, **options: Any) -> Model:
         from engine.models.endpoint import open_endpoint
 
         return open_endpoint(spec, **options)
+    folder = resolve_model_folder(spec)  # raise its errors before the import of PyTorch, which takes seconds
     from engine.models.local import open_local
 
-    return open_local(spec, **options)
+    return open_local(spec, folder, **options)
 
 
 def resolve_model_folder(spec: str) -> Path:

@@ -32,7 +32,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Dynami
 
 from engine.checkpoints import compute_revision
 from engine.errors import CharterError, PermanentRecordError, UsageError
-from engine.models import resolve_model_folder, smollm2
+from engine.models import smollm2
 from engine.models.chat_template import (
     DIALOGUE_MARKER,
     MAX_MARKER_TOKENS,
@@ -57,9 +57,8 @@ _MAX_MASKED_TREE_TOKENS = 1024  # the limit on a CPU without tree attention, bec
 STEPS_PER_CHECK = {"cpu": 1, "cuda": 8}  # steps between two checks for the ends of rows
 
 
-def open_local(spec: str, *, threads: int = 2, max_batch_size: int = 32) -> LocalModel:
-    """Load the packaged model, a folder, or a hub id."""
-    folder = resolve_model_folder(spec)
+def open_local(spec: str, folder: Path, *, threads: int = 2, max_batch_size: int = 32) -> LocalModel:
+    """Load the model in `folder`. `spec` is its setting: smollm2, a folder, or a hub id."""
     name = smollm2.MODEL_NAME if spec == "smollm2" else (spec if not Path(spec).is_dir() else folder.name)
     with track_work(f"loading the model {name}"):
         return LocalModel(folder, name=name, threads=threads, max_batch_size=max_batch_size)

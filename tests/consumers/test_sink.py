@@ -24,10 +24,12 @@ from engine.store import Store
 from engine.worker import to_producer_record
 from schemas.topics import TOPICS, make_topic_table
 from tests.support.kafka_operator import KafkaOperator
+from tests.support.records import copy_empty_database
 
 
 @pytest.fixture
 def store(tmp_path):
+    copy_empty_database(tmp_path / "data" / "charter.duckdb")
     return Store(tmp_path / "data" / "charter.duckdb")
 
 

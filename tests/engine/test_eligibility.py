@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from engine.eligibility import find_pair_problem, find_rejection_reason, is_blank, strip_blanks
 from schemas.records import FinishReason, LabelSource, Outcome, RejectionReason
 from tests.support.records import RecordDatabase, make_chain_end, make_demonstration, make_preference, make_prompt
+from tests.support.waiting import HANG_S
 
 BLANK = ["", " ", "\n\t\r\n", "\u200b", "\ufeff\u00a0", "\u3000\u2028", "\u2800", "\x1f\x85", "\u200e\u202c"]
 VISIBLE = ["a", ".", "\u4e2d", "\u0627", "\U0001f600", "-", "\u200b.\u200b"]
@@ -17,6 +18,13 @@ VISIBLE = ["a", ".", "\u4e2d", "\u0627", "\U0001f600", "-", "\u200b.\u200b"]
 @pytest.fixture(scope="module")
 def database(tmp_path_factory):
     return RecordDatabase(tmp_path_factory.mktemp("data") / "charter.duckdb")
+
+
+@pytest.fixture(scope="module")
+def query(database):
+    """Run queries in one session: to open the database takes longer than a query."""
+    with database.store.open_read_session(limit_s=HANG_S) as session:
+        yield session
 
 
 @pytest.mark.parametrize("text", BLANK)
@@ -50,7 +58,7 @@ REASONS = st.sampled_from(list(FinishReason))
 
 @settings(max_examples=150, deadline=None)
 @given(st.lists(st.tuples(TEXTS, TEXTS, REASONS, REASONS), min_size=1, max_size=20))
-def test_sql_macros_equal_the_functions(database, rows):
+def test_sql_macros_equal_the_functions(query, rows):
     sql = """SELECT find_pair_outcome(r.a, r.b, r.fa, r.fb), find_rejection_reason(r.a, r.fa)
              FROM (SELECT unnest($rows) AS r, generate_subscripts($rows, 1) AS n) ORDER BY n"""
     values = [{"a": a, "b": b, "fa": fa.value, "fb": fb.value} for a, b, fa, fb in rows]
@@ -59,7 +67,7 @@ def test_sql_macros_equal_the_functions(database, rows):
         (problem and problem[0].value, find_rejection_reason(a, fa).value)
         for problem, (a, _, fa, _) in zip(problems, rows, strict=True)
     ]
-    assert database.store.query(sql, {"rows": values}).rows == expected
+    assert query(sql, {"rows": values}).rows == expected
 
 
 def test_unusable_responses_and_pairs_are_in_no_training_view(tmp_path):

@@ -11,8 +11,8 @@ import duckdb
 import pytest
 
 from engine.errors import DataFolderVersionMismatch, StoreBusy, StoreDamaged, UsageError
-from engine.store import Store
-from engine.tables import FORMAT_VERSION, build_create_statements
+from engine.store import FORMAT_VERSION, Store
+from engine.tables import build_create_statements
 from schemas.topics import TOPICS
 from tests.support.records import RecordDatabase, make_prompt
 from tests.support.waiting import HANG_S
@@ -39,7 +39,7 @@ def test_missing_and_changed_views_are_created_again(store, monkeypatch):
     store.create_schema()
     assert store.query("SELECT * FROM sft_examples").rows == []
     statements = [*build_create_statements(), "CREATE OR REPLACE VIEW sft_examples AS SELECT 7 AS seven"]
-    monkeypatch.setattr("engine.store.build_create_statements", lambda: statements)
+    monkeypatch.setattr("engine.tables.build_create_statements", lambda: statements)
     store.create_schema()
     assert store.query("SELECT * FROM sft_examples").rows == [(7,)]
 

@@ -35,6 +35,8 @@ class Deployment:
         return load_settings(self.flags | {key.replace("__", "."): value for key, value in more.items()}, environment={})[0]
 
     def call(self, *arguments, code=0, stream="stdout", stdin=""):
+        if arguments[0] == "run":
+            copy_empty_database(self.folder / "charter.duckdb")
         words = [word for key, value in self.flags.items() for word in ("--set", f"{key}={value}")]
         result = CliRunner().invoke(cli, [*map(str, arguments), *words], input=stdin)
         if code == 0 and result.exception is not None and not isinstance(result.exception, SystemExit):

@@ -6,6 +6,7 @@ and writes one answer a line.
 
 from __future__ import annotations
 
+import gc
 import importlib
 import json
 import os
@@ -149,6 +150,9 @@ def _serve(modules: Sequence[str]) -> None:
     os.dup2(2, 1)  # what the modules print is no answer
     for module in modules:
         importlib.import_module(module)
+    # Garbage collection in the forks skips the imported modules. It takes most of the time of a short process.
+    gc.collect()
+    gc.freeze()
     while line := _read_line():
         request = json.loads(line)
         if "poll" in request:

@@ -344,7 +344,7 @@ def test_chance_check_without_held_out_labels_says_so(caplog):
 
 def test_reward_model_trained_on_noise_is_rejected(tiny):
     """The same responses are learned when the labels follow from their content."""
-    settings = {"learning_rate": 5e-3, "epochs": 2, "batch_size": 8, "hardware": weights.Hardware(precision="fp32")}
+    settings = {"learning_rate": 5e-3, "batch_size": 8, "hardware": weights.Hardware(precision="fp32")}
     flip = random.Random(7)
     noise = [replace(pair, p_a=flip.choice((0.1, 0.9))) for pair in make_pairs(300)]
     with pytest.raises(RewardModelAtChance) as error:
@@ -367,7 +367,7 @@ def test_one_sided_labels_raise(tiny, p, side):
 
 def test_reward_model_that_regresses_is_rejected(tiny, tmp_path):
     """New labels contradict the earlier ones: the model no longer agrees with the held-out labels."""
-    settings = {"learning_rate": 5e-3, "epochs": 8, "batch_size": 8, "hardware": weights.Hardware(precision="fp32")}
+    settings = {"learning_rate": 5e-3, "epochs": 3, "batch_size": 8, "hardware": weights.Hardware(precision="fp32")}
     model, _ = reward.train(tiny, make_pairs(100), **settings)
     folder = checkpoints.write_checkpoint(tmp_path / "first", model.save, {}).folder
     _, held_out = reward.split_held_out(make_pairs(100))

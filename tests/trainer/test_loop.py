@@ -21,6 +21,7 @@ from engine.worker import ModelExecutor, Worker
 from producers.files import SHIPPED_PROMPTS_PATH, FileProducer
 from schemas.codec import decode_record
 from schemas.records import BatchManifest, DroppedRollout, PolicyKind, PolicyUpdate, Score
+from tests.support.records import copy_empty_database
 from tests.support.waiting import HANG_S, wait_until
 from trainer import phases
 from trainer import update as update_module
@@ -48,6 +49,7 @@ def bus(settings):
 
 @pytest.fixture
 def store(settings):
+    copy_empty_database(settings.folder / "charter.duckdb")
     return open_store(settings)
 
 

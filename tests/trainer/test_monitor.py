@@ -30,7 +30,7 @@ from schemas.records import (
     Sampling,
     Split,
 )
-from tests.support.records import RecordDatabase, make_grades
+from tests.support.records import RecordDatabase, copy_empty_database, make_grades
 from trainer import weights
 from trainer.learners import reward
 from trainer.loop import Trainer
@@ -233,6 +233,7 @@ def trainer(request, tiny, tmp_path, length_reward_model):
         make_update(PolicyKind.POLICY, 2, learner, checkpoints[1].folder, checkpoints[1].content_hash),
     ]
     bus.publish([to_producer_record(one) for one in updates if learner == "ppo" or one.kind is PolicyKind.POLICY])
+    copy_empty_database(settings.folder / "charter.duckdb")
     trainer = Trainer(bus, open_store(settings), settings, tiny)
     yield trainer
     trainer.close()
