@@ -309,6 +309,18 @@ def test_lake_of_another_log_is_refused(source, tmp_path):
     assert list_lakes(other.folder) == []
 
 
+def test_a_url_has_one_lake(source, tmp_path):
+    with pytest.raises(UsageError, match="there is no lake"):
+        source.verify(tmp_path / "lake", is_iceberg=True)
+    assert not (tmp_path / "lake").exists()  # a verification writes nothing
+    source.export(tmp_path / "lake")
+    with pytest.raises(UsageError, match="already has another lake of") as error:
+        source.export(tmp_path / "lake", is_iceberg=True)
+    assert error.value.fix.endswith(f"charter export lake '{tmp_path / 'lake'}' --forget")
+    source.call("export", "lake", tmp_path / "lake", "--forget")
+    assert list_lakes(source.folder) == []
+
+
 # Iceberg commits
 
 
@@ -585,7 +597,10 @@ def test_iceberg_on_an_object_store_with_a_configured_catalog(s3, source, tmp_pa
     monkeypatch.setattr("pyiceberg.catalog._ENV_CONFIG.config", {"catalog": {"company": config}})
     kind = ["--catalog", "company", "--namespace", "charter_live"]
     source.call("export", "lake", s3, *kind)
-    source.call("erase", make_records(1)[0].prompt_id, "--yes")
+    for command in ([], ["--verify"]):
+        other = s3.replace("lakes/a", "lakes/b")
+        source.fails(UsageError, "live.+ is not in s3://bucket/lakes/b", "export", "lake", other, *kind, *command)
+    source.call("erase", make_records(1)[0].prompt_id, "--yes")  # it reaches the only lake that is in the list
     assert "equals" in source.call("export", "lake", s3, *kind, "--verify")
     table = load_catalog("company").load_table(("charter_live", "prompts"))
     assert table.location() == "s3://bucket/lakes/a/prompts"
