@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config
 from consumers.sink import Sink
 from engine.errors import UsageError
 from engine.worker import to_producer_record
+from tests.support.kafka import find_free_port
 from tests.support.learner_processes import list_cases, open_trainer, resume_update, run_learners
 from tests.support.records import make_chain_end
 from tests.support.waiting import HANG_S
@@ -101,6 +103,30 @@ def assert_same_update(initial, folder, other_folder, tolerance):
         for key, weight in trained.items():
             change = weight - start[key] if key in start else weight
             assert (weight - other[key]).norm() <= tolerance * change.norm() + 1e-6, (file, key)
+
+
+def test_signals_and_the_loss_of_a_process():
+    """The main process decides when to stop. If another process is killed, the main process says so and voids no batch."""
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(Path.cwd()),
+        "WORLD_SIZE": "2",
+        "LOCAL_WORLD_SIZE": "2",
+    }
+    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(find_free_port())}
+    command = [sys.executable, "tests/support/lost_process.py"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    main, other = (
+        subprocess.Popen(command, env=environment | {"RANK": rank, "LOCAL_RANK": rank}, **pipes) for rank in ("0", "1")
+    )
+    try:
+        output, errors = main.communicate(timeout=HANG_S)
+        assert output == "sum 1.0\n" and other.wait(timeout=HANG_S) == -signal.SIGKILL
+    finally:
+        main.kill()
+        other.kill()
+    assert main.returncode == 1
+    assert "ProcessLost: process 0 of 2 stops, because another process of this training has ended\n" in errors
 
 
 def test_a_launch_that_would_train_something_else_is_refused(monkeypatch):
