@@ -57,7 +57,7 @@ def join_processes() -> Iterator[bool]:
     state = PartialState(cpu=not torch.cuda.is_available())
     _process_groups.append(distributed.new_group(backend="gloo", timeout=_CALL_TIMEOUT))
     try:
-        with _report_lost_process():
+        with _report_lost_process(state.process_index, state.num_processes):
             try:
                 if not state.is_main_process:
                     _follow_main_process()
@@ -75,7 +75,7 @@ def join_processes() -> Iterator[bool]:
 
 
 @contextmanager
-def _report_lost_process() -> Iterator[None]:
+def _report_lost_process(rank: int, num_processes: int) -> Iterator[None]:
     """Raise ProcessLost instead of the error that a backend raises when another process has ended.
 
     It is no CharterError inside a learner call, because the loop of the trainer would void the batch and continue.
@@ -86,7 +86,7 @@ def _report_lost_process() -> Iterator[None]:
         if not isinstance(error, distributed.DistError) and "gloo/transport" not in str(error):
             raise
         raise ProcessLost(
-            f"process {distributed.get_rank()} of {distributed.get_world_size()} stops, because another process of this training has ended",
+            f"process {rank} of {num_processes} stops, because another process of this training has ended",
             "an error or a signal ended the other process; the launcher prints its rank below (Root Cause)",
             "type the same command again; an unfinished batch is resumed, also with another number of processes",
         ) from error

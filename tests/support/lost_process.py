@@ -1,4 +1,7 @@
-"""Run as two processes with the variables of a launcher: process 1 gets SIGTERM, which it must ignore, and then SIGKILL."""
+"""Run as two processes with the variables of a launcher.
+
+Process 1 gets SIGTERM in a call, and must ignore it. Then process 0 gets SIGKILL, while process 1 waits for the next call.
+"""
 
 import os
 import signal
@@ -9,10 +12,10 @@ import torch
 from trainer import distributed
 
 
-def add_ranks(*, number, hardware):
-    """Return the sum of the ranks, computed by both processes. Before that, process 1 gets the signal `number`."""
+def add_ranks(*, hardware):
+    """Return the sum of the ranks, computed by both processes. Before that, process 1 gets SIGTERM."""
     if distributed.get_rank() == 1:
-        os.kill(os.getpid(), number)
+        os.kill(os.getpid(), signal.SIGTERM)
     total = torch.tensor([float(distributed.get_rank())])
     distributed.all_reduce_sum(total)
     return float(total)
@@ -21,6 +24,7 @@ def add_ranks(*, number, hardware):
 if __name__ == "__main__":
     with distributed.join_processes() as is_main:
         if is_main:
-            total = distributed.call_learner(add_ranks, number=signal.SIGTERM, hardware=None)
+            total = distributed.call_learner(add_ranks, hardware=None)
             sys.stdout.write(f"sum {total}\n")
-            distributed.call_learner(add_ranks, number=signal.SIGKILL, hardware=None)
+            sys.stdout.flush()
+            os.kill(os.getpid(), signal.SIGKILL)
