@@ -114,7 +114,8 @@ class RoleModels:
         models: list[Any] = [model for spec, model in list(self.open_models.items()) if is_endpoint(spec)]
         if self.policy_follower and is_endpoint(self.get_spec("policy")):
             models.append(self.policy_follower.model)
-        return list({id(model): model for model in models}.values())
+        # With models.weight_sync = vllm, the base model and the newest policy are one model on the server.
+        return list({id(model.health): model for model in models}.values())
 
     def get_executor(self, role: str | None) -> ModelExecutor:
         """Return the executor of a role; `role` is None for a stage without a model.

@@ -90,16 +90,17 @@ def _find_base_model(base_model: str) -> tuple[Path, bool]:
     return (resolve_model_folder(base_model) if is_local else Path(base_model)), is_local
 
 
-def require_reloaded_weights(endpoint: Endpoint, folder: Path) -> None:
+def require_reloaded_weights(endpoint: Endpoint, folder: Path) -> bool:
     """Raise ModelUnreachable if the log-probabilities of the server are not those of the weights in `folder`, which it has loaded.
 
-    Weights that are too large for a forward pass on this machine are not compared, and the log has a warning.
+    Return False, and log a warning, if they are not compared: the weights are too large for a forward pass on this machine, or the
+    server has no exact log-probabilities.
     """
     generation = _generate(endpoint)
     if not generation.logprobs or not _is_small(folder):
         reason = "they are larger than 2 GB" if generation.logprobs else "the server returns no exact log-probabilities"
         logger.warning("%s: the loaded weights of %s are not verified, because %s", endpoint.url, folder, reason)
-        return
+        return False
     mean_difference = _compute_logprob_difference(folder, generation)
     logger.info("mean difference of the log-probabilities of %s and %s: %.4f", endpoint.url, folder, mean_difference)
     if not mean_difference <= _MAX_RELOADED_DIFFERENCE:
@@ -108,6 +109,7 @@ def require_reloaded_weights(endpoint: Endpoint, folder: Path) -> None:
             f"the log-probabilities of {len(generation.logprobs)} tokens differ by {mean_difference:.2f} on average (at most {_MAX_RELOADED_DIFFERENCE:g})",
             "restart the server; if this happens again, set models.weight_sync to vllm-lora",
         )
+    return True
 
 
 def require_reload_support(endpoint: Endpoint, base_folder: Path) -> None:

@@ -26,6 +26,7 @@
     +-- PermanentRecordError        this record can never be processed; it becomes a dead letter
     +-- RequestFailed               a model server fails for this record, but not for others; the record is tried again
     +-- TrainingFailed              training on this batch failed; nothing was saved
+    +-- ProcessLost                 another process that trains the same model ended too early
     +-- TooManyDeadLetters          too many consecutive records failed in the same way
     +-- TooFewPrompts               the generator's model writes no new prompts any more
     +-- DataFolderVersionMismatch   the data folder was written by another version of Charter
@@ -167,6 +168,10 @@ class TrainingFailed(CharterError):
     The training loop voids the batch and writes an incident. The loop retries the phase when new rows or a new base model
     exist.
     """
+
+
+class ProcessLost(CharterError):
+    """Another process that trains the same model has ended. The batch stays unfinished, and a later start resumes it."""
 
 
 class TooManyDeadLetters(CharterError):

@@ -126,6 +126,13 @@ def collect_server_metrics(servers: Iterable[Endpoint]) -> Iterator[MetricSample
             yield MetricSample(
                 "charter_server_failures_total", "Failed attempts of requests to the server.", count, (*labels, ("kind", kind))
             )
+        for outcome, count in sorted(server.health.weight_load_counts.items()):
+            yield MetricSample(
+                "charter_server_weight_loads_total",
+                "Weights that this process has loaded into the server.",
+                count,
+                (*labels, ("outcome", outcome)),
+            )
 
 
 def collect_worker_metrics(worker: Worker) -> Iterator[MetricSample]:

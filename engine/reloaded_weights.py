@@ -43,12 +43,12 @@ _FAILED_PREFIX = "failed/"
 class WeightLoader:
     """Loads weights into a server.
 
-    `verify` compares the server with the weights in a folder, and raises CharterError if they differ. Processes that share
-    `lock_path` load one after the other.
+    `verify` compares the server with the weights in a folder, and raises CharterError if they differ. It returns False if it cannot
+    compare them. Processes that share `lock_path` load one after the other.
     """
 
     server: VllmServer
-    verify: Callable[[Endpoint, Path], None]
+    verify: Callable[[Endpoint, Path], bool]
     lock_path: Path
 
     @contextmanager
@@ -64,19 +64,25 @@ class WeightLoader:
             yield
 
     def load(self, name: str, folder: Path) -> str:
-        """Load the weights of a folder and verify them. Return the new weight version. Call this while you hold the lock."""
+        """Load the weights of a folder and verify them. Return the new weight version. Call this while you hold the lock.
+
+        The outcome is counted in the health of the server.
+        """
+        load_counts = self.server.endpoint.health.weight_load_counts
         logger.info("%s loads %s from %s", self.server.endpoint.url, name, folder)
         try:
             self.server.pause()
             self.server.set_weight_version(f"loading/{socket.gethostname()}/{name}")
             self.server.reload_weights(folder)
             self.server.resume()
-            self.verify(self.server.endpoint.with_weights(None), folder)
+            is_verified = self.verify(self.server.endpoint.with_weights(None), folder)
         except CharterError:
+            load_counts["failed"] += 1
             self.abandon(name)
             raise
         held = f"{name}.{secrets.token_hex(4)}"
         self.server.set_weight_version(held)
+        load_counts["verified" if is_verified else "not verified"] += 1
         logger.info("%s has the weights of %s", self.server.endpoint.url, name)
         return held
 

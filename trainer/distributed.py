@@ -18,16 +18,19 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from functools import cache
 from typing import Any, TypeVar
 
 import torch
 from torch import distributed
 
-from engine.errors import CharterError, UsageError
+from engine.errors import CharterError, ProcessLost, UsageError
 
+logger = logging.getLogger("charter.trainer")
 _CALL_TIMEOUT = timedelta(days=3650)  # the next batch may arrive days after the last batch
 _OTHER_SHARDING = {
     "ACCELERATE_USE_FSDP": "FSDP",
@@ -44,23 +47,49 @@ _calls: list[dict[str, Any]] = []  # the named arguments of the learner that run
 def join_processes() -> Iterator[bool]:
     """Connect to the other processes of the launcher. Yield True in the main process and False in the others.
 
-    The other processes follow the main process until it leaves the block.
+    The other processes follow the main process until it leaves the block. The launcher sends SIGTERM and SIGINT to all processes.
+    Only the main process handles them: it finishes its work with the others, or ends, and the others end with it.
+
+    Raise ProcessLost if another process ended too early.
     """
     from accelerate import PartialState
 
     state = PartialState(cpu=not torch.cuda.is_available())
     _process_groups.append(distributed.new_group(backend="gloo", timeout=_CALL_TIMEOUT))
     try:
-        if not state.is_main_process:
-            _follow_main_process()
-        yield bool(state.is_main_process)
+        with _report_lost_process(state.process_index, state.num_processes):
+            try:
+                if not state.is_main_process:
+                    _follow_main_process()
+                yield bool(state.is_main_process)
+            finally:
+                if (
+                    not _calls
+                ):  # otherwise an error has ended a call in this process alone, and the launcher stops the other processes
+                    if state.is_main_process:
+                        _broadcast_object(None)
+                    state.destroy_process_group()
     finally:
-        if not _calls:  # otherwise an error has ended a call in this process alone, and the launcher stops the other processes
-            if state.is_main_process:
-                _broadcast_object(None)
-            state.destroy_process_group()
         _process_groups.clear()
         _calls.clear()
+
+
+@contextmanager
+def _report_lost_process(rank: int, num_processes: int) -> Iterator[None]:
+    """Raise ProcessLost instead of the error that a backend raises when another process has ended.
+
+    It is no CharterError inside a learner call, because the loop of the trainer would void the batch and continue.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, distributed.DistError) and "gloo/transport" not in str(error):
+            raise
+        raise ProcessLost(
+            f"process {rank} of {num_processes} stops, because another process of this training has ended",
+            "an error or a signal ended the other process; the launcher prints its rank below (Root Cause)",
+            "type the same command again; an unfinished batch is resumed, also with another number of processes",
+        ) from error
 
 
 def call_learner(
@@ -93,6 +122,20 @@ def call_learner(
     return result
 
 
+@cache
+def report_single_process(what: str) -> None:
+    """Log once that this process alone does something with complete models, if other processes wait for it meanwhile.
+
+    They wait in the process group of the calls, so no collective times out.
+    """
+    if _process_groups:
+        logger.warning(
+            "%s runs in one process, which loads complete models (not sharded); the other processes wait (%d)",
+            what,
+            distributed.get_world_size() - 1,
+        )
+
+
 def _broadcast_object(value: Any) -> Any:
     """Broadcast an object from the main process to all other processes. Return the object."""
     box = [value]
@@ -102,6 +145,8 @@ def _broadcast_object(value: Any) -> Any:
 
 def _follow_main_process() -> None:
     """Run each learner call that the main process broadcasts. Stop when it broadcasts None."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)  # the main process decides when to stop, and the others end with it
     logging.getLogger("charter").setLevel(logging.ERROR)  # only the main process logs messages
     while (call := _broadcast_object(None)) is not None:
         learner, arguments, named = call

@@ -303,6 +303,9 @@ class RewardHackingMonitor:
         if self.needs_grades and not self.has_grades(rows, reference_rows):
             return None
 
+        from trainer.distributed import report_single_process
+
+        report_single_process("the reward hacking monitor")
         rewarded = is_rewarded(index_policies(state.updates)[version].phase)
         metrics: _Metrics = {"answers": float(len(rows))}
         if self.reward_terms:

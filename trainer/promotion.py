@@ -42,6 +42,9 @@ class PromotionGate:
     batch_size: int = 16
 
     def __call__(self, store: Store, folder: Path, version: int) -> LimitExceeded | None:
+        from trainer.distributed import report_single_process
+
+        report_single_process("the promotion gate")
         metrics: dict[str, float] = {}
         violations = []
         if benign := self.measure_refusals(store, folder, harmful=False):

@@ -26,7 +26,7 @@ from pathlib import Path
 
 from charter.lake.storage import LakeStorage
 from engine.checkpoints import fsync_path
-from engine.errors import LakeBusy
+from engine.errors import LakeBusy, UsageError
 from engine.instances import FileLock
 
 LAKES_FOLDER = "lakes"
@@ -63,6 +63,20 @@ def list_lakes(data_folder: Path) -> list[LakeAddress]:
     """Return the lakes that this data folder was exported to."""
     paths = sorted((data_folder / LAKES_FOLDER).glob("*.json"))
     return [LakeAddress(**json.loads(path.read_text(encoding="utf-8"))) for path in paths]
+
+
+def require_one_lake(data_folder: Path, address: LakeAddress) -> None:
+    """Raise UsageError if this data folder has a lake of another kind, catalog or namespace at the same URL.
+
+    The data folder remembers one lake for each URL, so an erasure would not reach the other lake.
+    """
+    for other in list_lakes(data_folder):
+        if other.url == address.url and other != address:
+            raise UsageError(
+                f"{address.url} already has another lake of {data_folder}, made by: {other.make_command()}",
+                "a URL can have one lake; with two, charter erase would not reach one of them",
+                f"give another URL; if the other lake is deleted, type: {other.make_command()} --forget",
+            )
 
 
 def remember_lake(data_folder: Path, address: LakeAddress) -> None:

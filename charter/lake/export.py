@@ -20,7 +20,7 @@ from pathlib import Path
 import duckdb
 import pyarrow as pa
 
-from charter.lake.claims import LakeAddress, claim_lake, remember_lake
+from charter.lake.claims import LakeAddress, claim_lake, remember_lake, require_one_lake
 from charter.lake.evolution import to_current_schema
 from charter.lake.iceberg_lake import IcebergLake
 from charter.lake.parquet_lake import ParquetLake
@@ -58,7 +58,8 @@ class LakeReport:
 
 @contextmanager
 def open_lake(data_folder: Path, address: LakeAddress, *, take_over: bool = False) -> Iterator[Lake]:
-    """Open a lake for writing. Raise LakeBusy if another process writes to it."""
+    """Open a lake for writing. Raise LakeBusy if another process writes to it, UsageError if another kind of lake is there."""
+    require_one_lake(data_folder, address)
     storage = LakeStorage(address.url)
     with claim_lake(storage, data_folder, address, take_over=take_over) as claim:
         yield IcebergLake(storage, address, claim) if address.is_iceberg else ParquetLake(storage, claim)

@@ -17,6 +17,7 @@ import json
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from pyiceberg.catalog import Catalog
     from pyiceberg.table import Table, Transaction
 
+_CATALOG_FILE = "catalog.db"
 _STATE = "charter.state"
 _COMMIT_ID = "charter.commit-id"
 _CLUSTER_IDS = "charter.cluster-ids"
@@ -46,8 +48,11 @@ _TABLE_PROPERTIES = {
 }
 
 
-def _open_catalog(storage: LakeStorage, address: LakeAddress) -> Catalog:
-    """Open the catalog that PyIceberg's configuration names, or the SQLite catalog in a local folder."""
+def _open_catalog(storage: LakeStorage, address: LakeAddress, *, create: bool) -> Catalog:
+    """Open the catalog that PyIceberg's configuration names, or the SQLite catalog in a local folder.
+
+    If `create` is false and the folder has no catalog, raise UsageError.
+    """
     from pyiceberg.catalog import load_catalog
 
     if address.catalog:
@@ -58,8 +63,11 @@ def _open_catalog(storage: LakeStorage, address: LakeAddress) -> Catalog:
             "an Iceberg catalog on an object store is a service or a database; only a local folder has its own catalog",
             "name a catalog of PyIceberg's configuration: --catalog NAME    (docs/export.md)",
         )
-    storage.write("_charter/README", b"catalog.db is the SQLite catalog of the Iceberg tables in this folder.\n")
-    return load_catalog("charter", type="sql", uri=f"sqlite:///{storage.base}/catalog.db", warehouse=storage.location)
+    if not create and not Path(storage.base, _CATALOG_FILE).exists():
+        raise UsageError(f"there is no lake at {address.url}", f"it has no {_CATALOG_FILE}", f"type: {address.make_command()}")
+    if create:
+        storage.write("_charter/README", b"catalog.db is the SQLite catalog of the Iceberg tables in this folder.\n")
+    return load_catalog("charter", type="sql", uri=f"sqlite:///{storage.base}/{_CATALOG_FILE}", warehouse=storage.location)
 
 
 class IcebergLake:
@@ -68,7 +76,7 @@ class IcebergLake:
     def __init__(self, storage: LakeStorage, address: LakeAddress, claim: LakeClaim | None = None) -> None:
         """Load the tables. Without a claim, the lake can only be read."""
         self.storage, self.address, self.claim = storage, address, claim
-        self.catalog = self.call("open the catalog", lambda: _open_catalog(storage, address))
+        self.catalog = self.call("open the catalog", lambda: _open_catalog(storage, address, create=claim is not None))
         self.tables: dict[str, Table] = {}
         self.is_complete = False
         self.call("read the catalog", self.load_tables)
@@ -83,6 +91,17 @@ class IcebergLake:
             known = {spec.table for spec in TOPICS.values()}
             names = [name for *_, name in self.catalog.list_tables(namespace) if name in known]
             self.tables = {name: self.catalog.load_table((*namespace, name)) for name in names}
+        for name, table in self.tables.items():
+            if table.location() != self.get_location(name):
+                raise UsageError(
+                    f"the Iceberg table {self.address.namespace}.{name} is not in {self.address.url}",
+                    f"the catalog has it at {table.location()}",
+                    "give the URL with which the tables were made, or another namespace: --namespace NAME",
+                )
+
+    def get_location(self, name: str) -> str:
+        """Return the URL of the folder of a table."""
+        return f"{self.storage.location}/{name}"
 
     def call(self, what: str, function: Callable[[], Any]) -> Any:
         """Call the catalog. Raise LakeUnreachable if it fails."""
@@ -154,7 +173,7 @@ class IcebergLake:
         transaction = self.catalog.create_table_transaction(
             (self.address.namespace, spec.table),
             get_lake_schema(spec.record_class),
-            location=f"{self.storage.location}/{spec.table}",
+            location=self.get_location(spec.table),
             properties=_TABLE_PROPERTIES,
         )
         with transaction, transaction.update_spec() as partitions:

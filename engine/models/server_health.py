@@ -53,7 +53,8 @@ class ServerHealth:
     `failing_since` is the time of the first failure after the last response, or None. `answered_at` is the time of the last
     usable response. `answered_start` is the latest start of a request with a usable response. `received_at` is the time of the last
     token of a streamed response. `num_waiting` is the number of requests that wait for their responses, and `waiting_since` is the
-    time at which the first of them began to wait. `failure_counts` are the failed attempts by kind. The class is thread-safe.
+    time at which the first of them began to wait. `failure_counts` are the failed attempts by kind. `weight_load_counts` are the
+    weights that this process has loaded into the server, by outcome (engine/reloaded_weights.py). The class is thread-safe.
     """
 
     def __init__(self, name: str) -> None:
@@ -62,6 +63,7 @@ class ServerHealth:
         self.num_waiting = 0
         self.waiting_since = 0.0
         self.failure_counts: Counter[str] = Counter()
+        self.weight_load_counts: Counter[str] = Counter()
         self.failing_since: float | None = None
         self.num_failures = 0  # since `failing_since`
         self.reason = ""

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import uuid
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -308,6 +309,18 @@ def test_lake_of_another_log_is_refused(source, tmp_path):
     assert list_lakes(other.folder) == []
 
 
+def test_a_url_has_one_lake(source, tmp_path):
+    with pytest.raises(UsageError, match="there is no lake"):
+        source.verify(tmp_path / "lake", is_iceberg=True)
+    assert not (tmp_path / "lake").exists()  # a verification writes nothing
+    source.export(tmp_path / "lake")
+    with pytest.raises(UsageError, match="already has another lake of") as error:
+        source.export(tmp_path / "lake", is_iceberg=True)
+    assert error.value.fix.endswith(f"charter export lake '{tmp_path / 'lake'}' --forget")
+    source.call("export", "lake", tmp_path / "lake", "--forget")
+    assert list_lakes(source.folder) == []
+
+
 # Iceberg commits
 
 
@@ -584,7 +597,10 @@ def test_iceberg_on_an_object_store_with_a_configured_catalog(s3, source, tmp_pa
     monkeypatch.setattr("pyiceberg.catalog._ENV_CONFIG.config", {"catalog": {"company": config}})
     kind = ["--catalog", "company", "--namespace", "charter_live"]
     source.call("export", "lake", s3, *kind)
-    source.call("erase", make_records(1)[0].prompt_id, "--yes")
+    for command in ([], ["--verify"]):
+        other = s3.replace("lakes/a", "lakes/b")
+        source.fails(UsageError, "live.+ is not in s3://bucket/lakes/b", "export", "lake", other, *kind, *command)
+    source.call("erase", make_records(1)[0].prompt_id, "--yes")  # it reaches the only lake that is in the list
     assert "equals" in source.call("export", "lake", s3, *kind, "--verify")
     table = load_catalog("company").load_table(("charter_live", "prompts"))
     assert table.location() == "s3://bucket/lakes/a/prompts"
@@ -618,3 +634,35 @@ def test_manifest_lists_columns_ranges_and_hashes(source, tmp_path):
         (topic_ids["prompts"], end) for end in bus.end_offsets(["prompts"]).values()
     }
     bus.close()
+
+
+# Kafka
+
+
+@pytest.mark.kafka
+def test_lakes_of_a_kafka_log(tmp_path, kafka_address, monkeypatch):
+    """Each transaction on Kafka ends with a marker, so offsets have gaps. The ranges of a lake contain the markers."""
+    source = LakeSource(tmp_path / "data", kafka_address, f"l{uuid.uuid4().hex[:8]}.")
+    source.flags["bus.partitions"] = "2"
+    texts = [f"How do I repair shelf {number}?" for number in range(4)]
+    for some in (texts[:1], texts[1:]):
+        source.publish(*some)
+    source.add(raw=[b"nonsense"])
+    with kill_at(monkeypatch, 6), pytest.raises(Killed):
+        source.export(tmp_path / "lake")
+    assert not read_newest_manifest(tmp_path / "lake")["is_complete"]
+    for url, flags in ((tmp_path / "lake", []), (tmp_path / "iceberg", ["--iceberg"])):
+        source.call("export", "lake", url, *flags)
+        assert "equals" in source.call("export", "lake", url, *flags, "--verify")
+    manifest = read_newest_manifest(tmp_path / "lake")
+    assert manifest["is_complete"] and read_manifest_rows(tmp_path / "lake", "prompts") == source.read_rows("prompts")
+    catalog = load_catalog("charter", type="sql", uri=f"sqlite:///{tmp_path}/iceberg/catalog.db")
+    state = json.loads(catalog.load_table(("charter", "prompts")).properties["charter.state"])
+    bus = connect_bus(source.settings())
+    (topic_id,) = bus.topic_ids(["prompts"]).values()
+    ends = {part: end for part, end in bus.end_offsets(["prompts"]).items() if end}
+    bus.close()
+    for positions in (manifest["tables"]["prompts"]["positions"], state["positions"]):
+        assert {position["topic_id"] for position in positions} == {topic_id}
+        assert {(part["topic"], part["partition"]): part["next_offset"] for part in positions} == ends
+        assert sum(position["num_rows"] for position in positions) == len(texts) < sum(ends.values()) - 1

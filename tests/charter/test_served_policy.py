@@ -2,11 +2,13 @@
 
 import logging
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from charter import served_policy
 from charter.models import RoleModels
 from charter.served_policy import require_separate_server
 from engine.errors import UsageError
@@ -121,6 +123,21 @@ def test_another_model_with_the_same_tokenizer_is_refused_at_each_use(server, ti
         with pytest.raises(UsageError, match=r"does not have the weights of train\.base_model") as caught:
             model.generate([GenerationRequest(MESSAGES)])
         assert len(str(caught.value).splitlines()) == 3
+
+
+def test_reloaded_weights_that_are_too_large_are_not_verified(server, tiny, monkeypatch, caplog):
+    model = open_policy(server, tiny)
+    assert served_policy.require_reloaded_weights(model, tiny)
+    monkeypatch.setattr(served_policy, "_MAX_WEIGHT_BYTES", 1)
+    assert not served_policy.require_reloaded_weights(model, tiny)
+    assert "are not verified, because they are larger than 2 GB" in caplog.messages[-1]
+
+
+def test_metrics_name_a_server_once_after_its_weights_were_replaced(server, tiny):
+    models = RoleModels(load_settings({"models.policy": f"{server.http.url}#m"}, environment={})[0])
+    policy = models.get_model("policy").with_weights(None, "policy-000001-00000001")
+    models.policy_follower = SimpleNamespace(model=policy)
+    assert [(one.url, one.id) for one in models.list_servers()] == [(server.http.url, "m")]
 
 
 @pytest.mark.parametrize(("missing", "words"), [("return_token_ids", "token ids"), ("logprobs", "exact log-probabilities")])

@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from engine.errors import ModelUnreachable, UsageError
+from engine.metrics import collect_server_metrics
 from engine.models.endpoint import Endpoint, compute_served_revision
 from engine.models.interface import GenerationRequest
 from engine.models.vllm import VllmServer
@@ -37,6 +38,7 @@ def make_loader(server, endpoint, folder):
     def verify(loaded, weights):
         if generate(loaded) != f"fine {weights}":
             raise ModelUnreachable("the weights differ")
+        return "large" not in weights.name
 
     return WeightLoader(VllmServer(endpoint), verify, folder / "lock")
 
@@ -70,6 +72,19 @@ def test_policy_is_loaded_while_the_server_is_paused_and_verified_before_it_has_
     assert (
         load(server, base, 1, tmp_path).revision == policy.revision and len(server.calls) == 6
     )  # a second process loads nothing
+
+
+def test_metrics_count_the_weights_that_were_loaded_and_not_verified(server, base, tmp_path):
+    load(server, base, 1, tmp_path)
+    server.stale = True
+    with pytest.raises(ModelUnreachable):
+        load(server, base, 2, tmp_path)
+    server.stale = False
+    large = WeightSync(base, VLLM, make_loader(server, base, tmp_path))(make_update(3), tmp_path / "large")
+    samples = [s for s in collect_server_metrics([large]) if s.name == "charter_server_weight_loads_total"]
+    assert {s.labels[2]: s.value for s in samples} == {
+        ("outcome", "verified"): 1, ("outcome", "failed"): 1, ("outcome", "not verified"): 1,
+    }  # fmt: skip
 
 
 def test_refused_server_keeps_its_weights(server, base, tmp_path):

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,11 +15,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config
 
 from consumers.sink import Sink
 from engine.errors import UsageError
+from engine.settings import load_settings
 from engine.worker import to_producer_record
+from tests.support.kafka import find_free_port
 from tests.support.learner_processes import list_cases, open_trainer, resume_update, run_learners
-from tests.support.records import make_chain_end
+from tests.support.records import RecordDatabase, make_chain_end
 from tests.support.waiting import HANG_S
 from trainer import distributed, sharding, weights
+from trainer.promotion import PromotionGate
 
 
 @pytest.fixture
@@ -101,6 +105,43 @@ def assert_same_update(initial, folder, other_folder, tolerance):
         for key, weight in trained.items():
             change = weight - start[key] if key in start else weight
             assert (weight - other[key]).norm() <= tolerance * change.norm() + 1e-6, (file, key)
+
+
+def test_signals_and_the_loss_of_a_process():
+    """Only the main process decides when to stop. If it is killed, the other process says so and ends."""
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(Path.cwd()),
+        "WORLD_SIZE": "2",
+        "LOCAL_WORLD_SIZE": "2",
+    }
+    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(find_free_port())}
+    command = [sys.executable, "tests/support/lost_process.py"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    main, other = (
+        subprocess.Popen(command, env=environment | {"RANK": rank, "LOCAL_RANK": rank}, **pipes) for rank in ("0", "1")
+    )
+    try:
+        output, _ = main.communicate(timeout=HANG_S)
+        _, errors = other.communicate(timeout=HANG_S)
+    finally:
+        main.kill()
+        other.kill()
+    assert (output, main.returncode, other.returncode) == ("sum 1.0\n", -signal.SIGKILL, 1)
+    assert "ProcessLost: process 1 of 2 stops, because another process of this training has ended\n" in errors
+
+
+def test_gate_reports_once_that_one_process_runs_it(tmp_path, monkeypatch, caplog):
+    store, gate = RecordDatabase(tmp_path / "db").store, PromotionGate(load_settings(environment={})[0].promotion, list)
+    gate(store, tmp_path, 1)
+    assert not any("one process" in message for message in caplog.messages)
+    monkeypatch.setattr(distributed, "_process_groups", ["group"])
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 4)
+    distributed.report_single_process.cache_clear()
+    for _ in range(2):
+        gate(store, tmp_path, 1)
+    (message,) = [message for message in caplog.messages if "one process" in message]
+    assert message.startswith("the promotion gate runs in one process") and message.endswith("the other processes wait (3)")
 
 
 def test_a_launch_that_would_train_something_else_is_refused(monkeypatch):
