@@ -63,9 +63,8 @@ def join_processes() -> Iterator[bool]:
                     _follow_main_process()
                 yield bool(state.is_main_process)
             finally:
-                if (
-                    not _calls
-                ):  # otherwise an error has ended a call in this process alone, and the launcher stops the other processes
+                # With an open call, an error has ended it in this process alone, and the launcher stops the other processes.
+                if not _calls:
                     if state.is_main_process:
                         _broadcast_object(None)
                     state.destroy_process_group()
