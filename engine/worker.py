@@ -805,12 +805,12 @@ class Worker:
             {tp: prefix[-1].consumer_record.offset + 1 for tp, prefix in prefixes.items()},
             {tp: prefix[-1].epoch for tp, prefix in prefixes.items()},
         )
-        # A daemon thread, because a call that hangs must not keep the process alive.
+        # The thread is a daemon, because a call that hangs must not keep the process alive.
         name = f"{self.stage.name}-commit"
         threading.Thread(target=self.write_transaction, args=(self.transaction,), name=name, daemon=True).start()
 
     def write_transaction(self, transaction: OpenTransaction) -> None:
-        """Write a transaction and set its result. This runs in a thread of its own."""
+        """Write a transaction and set its result. A separate thread runs this function."""
         try:
             with self.commit_tracker.track("commit"):
                 # The ids are compared after the records were read, so all of them are of the topic whose offsets are committed.

@@ -108,7 +108,7 @@ def assert_same_update(initial, folder, other_folder, tolerance):
 
 
 def test_signals_and_the_loss_of_a_process():
-    """Only the main process decides when to stop. If it is killed, the other process says so and ends."""
+    """Only the main process decides when to stop. If it is killed, the other process reports this and ends."""
     environment = os.environ | {
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": str(Path.cwd()),
