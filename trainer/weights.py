@@ -31,6 +31,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 from engine.checkpoints import MANIFEST_FILENAME, hash_files
 from engine.errors import UsageError
 from engine.models.control_tokens import find_end_token_id
+from engine.thread_limit import require_thread_limit
 from engine.weight_sync import ADAPTER_FOLDER
 from trainer import sharding
 from trainer.distributed import get_rank
@@ -134,6 +135,7 @@ def load_policy(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
 
 
 def _read_policy(folder: Path, dtype: torch.dtype, load: Callable[..., Any]) -> Any:
+    require_thread_limit(torch.get_num_threads())
     with _translate_load_errors(folder):
         model, info = load(
             AutoModelForCausalLM, folder, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True
@@ -151,6 +153,7 @@ def load_scorer(folder: Path, *, trained: bool = False, dtype: torch.dtype = tor
 
 
 def _read_scorer(folder: Path, dtype: torch.dtype, load: Callable[..., Any], *, trained: bool = False) -> Any:
+    require_thread_limit(torch.get_num_threads())
     with _translate_load_errors(folder):
         model, info = load(
             AutoModelForSequenceClassification,

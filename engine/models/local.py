@@ -47,6 +47,7 @@ from engine.models.prefix_tree import PrefixTree, build_prefix_trees
 from engine.models.reasoning import has_closing_mark, has_opening_mark, report_reasoning
 from engine.models.tree_attention import build_branches, supports_tree_attention, use_tree_attention
 from engine.progress import track_work
+from engine.thread_limit import require_thread_limit
 
 # Charter prints its own progress. The progress bars of transformers would disturb this output.
 transformers.utils.logging.disable_progress_bar()
@@ -118,6 +119,7 @@ class LocalModel:
     ) -> None:
         _check_weights(folder)
         torch.set_num_threads(threads)
+        require_thread_limit(threads)
         self.id, self.folder, self.max_batch_size = name or folder.name, folder, max_batch_size
         self.revision = compute_revision(folder)
         self.device = _choose_device()
