@@ -27,8 +27,8 @@ The results are counted from the records. If one of these numbers is not 0, the 
 * indexes of the generator that are missing, or that were published twice or with other prompts than their position counts
 * prompts without exactly one response, one end of a chain and one outcome of the judge
 * records on the log that are not exactly once in their table, and record ids that are twice on the log or in a table. A trainer that
-  starts again after a kill publishes the scores of its unfinished batch again, and the dropped rollouts that the sink had not
-  written. They have the same ids and content. They are counted (`records_repeated_by_killed_trainers`), and the tables have each of
+  starts again after a kill publishes the scores and metrics of its unfinished batch again, and the dropped rollouts that the sink had
+  not written. They have the same ids and content. They are counted (`records_repeated_by_killed_trainers`), and the tables have each of
   them once
 * rows or columns in which the lake and the database differ, compared with DuckDB, and the exit codes of the processes and of
   `charter export lake --verify`

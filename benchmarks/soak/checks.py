@@ -16,7 +16,7 @@ from engine.bus.port import Bus
 from engine.bus.read import read_topic
 from engine.tables import list_columns
 from schemas.codec import RecordError, decode_record
-from schemas.records import DroppedRollout, ProducerOffset, Score
+from schemas.records import DroppedRollout, Metric, ProducerOffset, Score
 from schemas.topics import TOPICS, TopicSpec
 
 # A killed generator repeats an index. For each index there must be one position and the prompts that the position counts.
@@ -36,9 +36,10 @@ _INDEX_QUERIES = {
         SELECT count(*) FROM expected FULL JOIN found USING (index)
         WHERE coalesce(expected.num_prompts, 0) <> coalesce(found.num_prompts, 0)""",
 }
-# A trainer that starts again after a kill publishes the scores of its unfinished batch again, and the dropped rollouts that the sink
-# had not written. They have the same ids, so the sink marks them as duplicates, and the tables have each of them once.
-_REPEATED_RECORDS = (Score, DroppedRollout)
+# A trainer that starts again after a kill publishes the scores and the steps' metrics of its unfinished batch again, and the dropped
+# rollouts that the sink had not written. They have the same ids, so the sink marks them as duplicates, and the tables have each of them
+# once.
+_REPEATED_RECORDS = (Score, Metric, DroppedRollout)
 # The records of which each prompt must have exactly one. With two completions, a prompt has one pair to judge.
 _OUTCOMES = {
     "response": "SELECT prompt_id FROM raw.responses",
