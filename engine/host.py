@@ -8,7 +8,6 @@ records. Then the services stop. A watchdog ends the process if a call to the lo
 from __future__ import annotations
 
 import os
-import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -18,8 +17,6 @@ from engine.watchdog import CallTracker, Watchdog
 from engine.worker import ModelExecutor, Worker
 
 ThreadTarget = Callable[[threading.Event], None]
-# The client's threads wait for the interpreter about ten times in a transaction, each time up to this time. Python's default is 5 ms.
-_SWITCH_INTERVAL_S = 0.001
 _EXECUTOR_SHUTDOWN_FRACTION = 0.6  # fraction of `shutdown_timeout_s`; the remaining time is for commits
 
 
@@ -63,7 +60,6 @@ class Host:
 
     def start(self) -> None:
         """Start all threads."""
-        sys.setswitchinterval(_SWITCH_INTERVAL_S)
         executors: dict[str, ThreadTarget] = {
             f"{executor.name}-{n}": executor.run for executor in self.executors for n in range(executor.num_threads)
         }

@@ -38,13 +38,19 @@ class StartPositions:
         """Return the first readable offset of the run in each partition of these topics."""
         return {tp: max(beginning, self.get_offset(tp)) for tp, beginning in bus.beginning_offsets(topics).items()}
 
-    def choose_partition(self, topic: str, key: bytes) -> int | None:
+    def choose_partition(self, topic: str, key: bytes, source: ConsumerRecord | None = None) -> int | None:
         """Return the partition of a key. It does not change if partitions are added to the topic during the run.
 
-        Return None if the log chooses the partition, because the topic did not exist when the run started.
+        An output with the key of its input `source` gets the partition of the input, if their topics have equal partition counts. So
+        the outputs of an external producer's prompt are in one partition, too, whatever its partitioner is. Return None if the log
+        chooses the partition, because the topic did not exist when the run started.
         """
         count = self.partition_counts.get(topic)
-        return None if count is None else choose_partition(key, count)
+        if count is None:
+            return None
+        if source and source.key == key and source.partition < count == self.partition_counts.get(source.topic):
+            return source.partition
+        return choose_partition(key, count)
 
     def assign_partition(self, record: ProducerRecord) -> ProducerRecord:
         """Set the partition of a record."""

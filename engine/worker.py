@@ -61,6 +61,7 @@ from schemas.topics import MAX_RECORD_BYTES, TOPICS
 logger = logging.getLogger("charter.worker")
 
 _IDLE_POLL_TIMEOUT_S = 0.5
+_BUSY_POLL_TIMEOUT_S = 0.005
 _BUSY_WAIT_S = 0.02
 _PAUSE_REPORT_INTERVAL_S = 30.0
 _MAX_COMMIT_RECORDS = 500
@@ -263,7 +264,6 @@ class Worker:
         self.epochs: Offsets = {}  # the assignment at the last poll
         self.transaction: OpenTransaction | None = None
         self.progress = threading.Event()  # set when a batch or a transaction has ended
-        self.has_read = False  # whether the last poll returned records
         self.queues: dict[str, deque[InFlightRecord]] = {topic: deque() for topic in stage.inputs}
         self.retry_queue: list[InFlightRecord] = []  # records that wait for their next attempt
         if journal:
@@ -362,17 +362,19 @@ class Worker:
         removed from the group.
         """
         max_records = self.apply_backpressure()
-        if self.num_in_flight and not self.has_read:
-            self.progress.wait(_BUSY_WAIT_S)  # a poll with a timeout would not end when there is something to commit
+        # While records are in flight, a long poll would delay their commit.
+        timeout_s = _BUSY_POLL_TIMEOUT_S if self.num_in_flight else _IDLE_POLL_TIMEOUT_S
+        if self.num_in_flight and self.partitions_paused:
+            self.progress.wait(_BUSY_WAIT_S)
+            timeout_s = 0.0
         self.progress.clear()
         with self.call_tracker.track("poll"):
             try:
-                consumer_records = self.consumer.poll(0.0 if self.num_in_flight else _IDLE_POLL_TIMEOUT_S, max_records)
+                consumer_records = self.consumer.poll(timeout_s, max_records)
             except OffsetsLost:
                 self.topic_guard.verify()  # offsets of a deleted topic do not exist in the new topic
                 raise
             self.start_held_partitions()
-        self.has_read = bool(consumer_records)
         epochs = self.consumer.assignment()
         if epochs != self.epochs:
             self.drop_lost_partitions(epochs)
@@ -874,7 +876,7 @@ class Worker:
                 output.key,
                 output.value,
                 (*output.headers, source),
-                self.run_start.choose_partition(output.topic, output.key),
+                self.run_start.choose_partition(output.topic, output.key, item.consumer_record),
             )
             for output in item.outputs
         ]
