@@ -42,7 +42,7 @@ class StartPositions:
         """Return the partition of a key. It does not change if partitions are added to the topic during the run.
 
         An output with the key of its input `source` gets the partition of the input, if their topics have equal partition counts. So
-        the outputs of an external producer's prompt are in one partition, too, whatever its partitioner is. Return None if the log
+        the outputs of an external producer's prompt are in one partition, too, also if it has another partitioner. Return None if the log
         chooses the partition, because the topic did not exist when the run started.
         """
         count = self.partition_counts.get(topic)
