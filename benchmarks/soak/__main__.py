@@ -6,7 +6,7 @@ There are four processes on the embedded log:
 
 * The stream runs every stage and the sink. Its policy is the small language model of `benchmarks.learning`, and its critic and
   judge are programs.
-* The trainer is an unchanged `charter train --loop`.
+* The trainer is an unchanged `charter train --loop --force`, because this test needs RL updates, also with labels that teach little.
 * The generator is the code of `charter produce --generate`, with its recipe, gates and index of near-duplicates. A program writes
   its texts in place of a language model (benchmarks/soak/questions.py). It is the only source of prompts: they have enough
   details that none of an hour is a near-duplicate of another one. The lag of the stage respond and the pacing of the trainer

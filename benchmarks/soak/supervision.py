@@ -100,7 +100,8 @@ class SoakTest:
         commands = {
             "stream": [*own, "--process", "stream"],
             "generator": [*own, "--process", "generator"],
-            "trainer": self.build_command("train", "--loop", "--verbose"),
+            # The labels of this test may be too bad to learn from (many responses are equal), but it needs RL updates.
+            "trainer": self.build_command("train", "--loop", "--force", "--verbose"),
             EXPORT: self.build_command("export", "lake", str(self.lake)),
         }
         environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}

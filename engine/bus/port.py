@@ -79,7 +79,9 @@ class TopicDescription:
 
 
 class Consumer(Protocol):
-    """A member of a consumer group, used by one thread. `topic_ids` are the ids of its topics when it was opened.
+    """A member of a consumer group. `topic_ids` are the ids of its topics when it was opened.
+
+    One thread uses it. Another thread may commit its offsets at the same time (`Writer.commit`).
 
     A partition without a committed offset starts at its beginning. If the consumer was opened with `hold_new`, it does not
     read a newly assigned partition until `start` is called.
