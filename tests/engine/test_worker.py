@@ -266,8 +266,9 @@ def test_model_works_while_a_transaction_is_open(bus):
     worker = make_worker(bus, work, limits=WorkerLimits(max_in_flight=20))
     release, num_open = block_commits(worker)
     with Host([worker]) as host:
-        wait_until(lambda: len(processed) >= 2 * 20, host)  # a worker that waits for the transaction processes 20 records
-        assert len(num_open) == 1 and read_responses(bus) == []
+        # A worker that waits for the transaction processes 20 records.
+        wait_until(lambda: num_open and len(processed) >= 2 * 20, host)
+        assert read_responses(bus) == []
         release.set()
         wait_until(lambda: len(read_responses(bus)) == 300, host)
     assert set(num_open) == {1}, "a second transaction began while the first one was open"
