@@ -24,6 +24,7 @@ from engine.eligibility import find_pair_problem
 from engine.models.chat_template import encode_completion, encode_prompt
 from engine.models.interface import GenerationRequest, require_results
 from engine.policy import index_policies
+from engine.settings import TrainSettings
 from engine.statistics import Z_SCORE_95, compute_correlation
 from schemas import ids
 from schemas.records import ChatMessage, Metric, Outcome, PolicyKind, Record
@@ -268,7 +269,8 @@ class RewardHackingMonitor:
 
     `judge` is the held-out judge. Without a judge or without held-out prompts, the judge's metrics are omitted. `batch_size` is
     the number of prompts in one call of the policy. The checks `exempt` never exceed a limit; their metrics are published.
-    `reward_terms` are the rewards if they come from grades or the judge. They then replace the score of the reward model.
+    `reward_terms` are the rewards if they come from grades or the judge. They then replace the score of the reward model, which is
+    otherwise computed with the precision of `train_settings`, as RL does.
     `passed_by_version` maps each checked version to True if the version passed the check, and otherwise to False. With
     `needs_grades`, a check waits for the grades of the grader "refusal". The module's docstring describes the check.
     """
@@ -280,6 +282,7 @@ class RewardHackingMonitor:
     needs_grades: bool = False
     exempt: Collection[str] = ()
     reward_terms: Sequence[RewardTerm] = ()
+    train_settings: TrainSettings = field(default_factory=TrainSettings)
     passed_by_version: dict[int, bool] = field(default_factory=dict)
     is_waiting_for_grades: bool = False
 
@@ -311,7 +314,7 @@ class RewardHackingMonitor:
         if self.reward_terms:
             metrics |= _compute_grade_proxy_metrics(store, self.reward_terms, rows, reference_rows)
         elif state.reward_version and rewarded:  # with DPO there is no reward model
-            metrics |= _compute_proxy_metrics(state, folders, publish, rows, reference_rows)
+            metrics |= _compute_proxy_metrics(state, folders, publish, rows, reference_rows, self.train_settings)
         with store.hold_open():
             metrics |= _add_reference_metrics(_query_version_metrics(store, version), _query_version_metrics(store, reference))
             metrics |= _query_boilerplate_rise(store, version, reference) | _query_kl_metrics(store, version)
@@ -398,12 +401,15 @@ def _compute_proxy_metrics(
     publish: Callable[[Sequence[Record]], None],
     rows: list[Any],
     reference_rows: list[Any],
+    train_settings: TrainSettings,
 ) -> _Metrics:
     """Score the responses of both versions with the newest reward model. Publish the scores, and compare the two versions."""
     from trainer.learners import reward
+    from trainer.weights import Hardware
 
     reward_version = state.reward_version
-    model = reward.load_reward_model(folders.get_version_folder(PolicyKind.REWARD, reward_version))
+    hardware = Hardware.from_settings(train_settings)
+    model = reward.load_reward_model(folders.get_version_folder(PolicyKind.REWARD, reward_version), hardware)
 
     def score(rows: list[Any]) -> list[float]:
         scores = model.score([(parse_messages(row), row["text"], row["finish_reason"] == "STOP") for row in rows])

@@ -52,8 +52,7 @@ class LearnContext:
         """
         from trainer.weights import Hardware
 
-        settings = self.train_settings
-        return Hardware(settings.micro_batch_size, settings.gradient_checkpointing, settings.precision, settings.base_dtype)
+        return Hardware.from_settings(self.train_settings)
 
 
 _TrainOutput = tuple[Callable[[Path], None], dict[str, float]]

@@ -31,6 +31,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 from engine.checkpoints import MANIFEST_FILENAME, hash_files
 from engine.errors import UsageError
 from engine.models.control_tokens import find_end_token_id
+from engine.settings import TrainSettings
 from engine.thread_limit import require_thread_limit
 from engine.weight_sync import ADAPTER_FOLDER
 from trainer import sharding
@@ -67,6 +68,10 @@ class Hardware:
     gradient_checkpointing: bool = False
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     base_dtype: Literal["fp32", "bf16"] = "fp32"
+
+    @classmethod
+    def from_settings(cls, settings: TrainSettings) -> Hardware:
+        return cls(settings.micro_batch_size, settings.gradient_checkpointing, settings.precision, settings.base_dtype)
 
     @property
     def bf16(self) -> bool:

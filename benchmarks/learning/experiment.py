@@ -97,6 +97,7 @@ class Experiment:
             self.settings.run.id,
             judge=self.compare_by_rule,
             batch_size=self.settings.models.max_batch_size,
+            train_settings=self.settings.train,
         )
         self.held_out_questions = list(islice(generate_questions(_HELD_OUT_SEED), _NUM_HELD_OUT))
         held_out = {question.text for question in self.held_out_questions}

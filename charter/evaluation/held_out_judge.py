@@ -47,6 +47,7 @@ def make_reward_hacking_monitor(settings: Settings) -> RewardHackingMonitor:
         needs_grades,
         exempt,
         parse_rewards(settings.train.rewards) if has_grades else (),
+        settings.train,
     )
 
 

@@ -303,6 +303,24 @@ def test_monitor_detects_a_reward_model_that_prefers_length(trainer):
     assert check(make_monitor(trainer), trainer) is None  # also after a restart
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_monitor_scores_with_the_precision_of_the_trainer(trainer, monkeypatch, precision):
+    """The monitor and PPO publish scores of the same responses under the same ids."""
+    load, precisions = reward.load_reward_model, []
+
+    def load_and_note(folder, hardware=None, **options):
+        precisions.append(hardware.precision if hardware else None)
+        return load(folder, hardware, **options)
+
+    monkeypatch.setattr(reward, "load_reward_model", load_and_note)
+    monitor = make_monitor(trainer)
+    monitor.train_settings = trainer.settings.train.model_copy(update={"precision": precision})
+    add_responses(trainer, 1, (1, 4))
+    add_responses(trainer, 2, (4, 8))
+    check(monitor, trainer)
+    assert precisions == [precision]
+
+
 def test_exceeded_limit_pauses_ppo_rolls_back_and_publishes_an_incident(trainer):
     trainer.monitor = make_monitor(trainer)
     add_responses(trainer, 1, (1, 4))
