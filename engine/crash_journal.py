@@ -107,7 +107,6 @@ class CrashJournal:
     def __init__(self, folder: Path, instance: str, *, topic_ids: Mapping[str, str], had_fault: bool = False) -> None:
         self.counts_folder = folder / "crash-counts"
         self.counts_folder.mkdir(parents=True, exist_ok=True)
-        self.topic_ids = dict(topic_ids)
         self.topic_keys = {topic: f"{topic}-{topic_id}" for topic, topic_id in topic_ids.items()}
         self.descriptor = os.open(folder / f"{instance}.working", os.O_RDWR | os.O_CREAT, 0o644)
         self.in_progress: set[str] = set()
@@ -203,7 +202,7 @@ class CrashJournal:
         """Delete the counts of records below the committed offsets, because another instance has finished these records."""
         for name in self.crash_counts():
             topic_and_id, partition, offset = name.rsplit("-", 2)
-            topic = next((topic for topic in self.topic_ids if self.topic_keys[topic] == topic_and_id), None)
+            topic = next((topic for topic, key in self.topic_keys.items() if key == topic_and_id), None)
             committed = committed_offsets.get(TopicPartition(topic, int(partition)), 0) if topic else 0
             if topic is None or int(offset) < committed:  # if `topic` is None, it was deleted or is no longer an input
                 (self.counts_folder / name).unlink(missing_ok=True)

@@ -71,6 +71,7 @@ class Hardware:
 
     @classmethod
     def from_settings(cls, settings: TrainSettings) -> Hardware:
+        """Return the settings `train.*` that concern the machine."""
         return cls(settings.micro_batch_size, settings.gradient_checkpointing, settings.precision, settings.base_dtype)
 
     @property

@@ -36,9 +36,9 @@ _INDEX_QUERIES = {
         SELECT count(*) FROM expected FULL JOIN found USING (index)
         WHERE coalesce(expected.num_prompts, 0) <> coalesce(found.num_prompts, 0)""",
 }
-# A trainer that starts again after a kill publishes the scores and the steps' metrics of its unfinished batch again, and the dropped
-# rollouts that the sink had not written. They have the same ids, so the sink marks them as duplicates, and the tables have each of them
-# once.
+# The reward hacking monitor publishes scores that RL has published. A trainer that starts again after a kill publishes the scores and
+# the steps' metrics of its unfinished batch again, and the dropped rollouts that the sink had not written. They have the same ids, so
+# the sink marks them as duplicates, and the tables have each of them once.
 _REPEATED_RECORDS = (Score, Metric, DroppedRollout)
 # The records of which each prompt must have exactly one. With two completions, a prompt has one pair to judge.
 _OUTCOMES = {
@@ -72,7 +72,7 @@ def compare_with_log(connection: duckdb.DuckDBPyConnection, bus: Bus) -> tuple[d
         "records_missing_in_database": 0, "rows_not_on_the_log": 0, "record_ids_doubled_on_the_log": 0, "record_ids_doubled_in_tables": 0,
         "repeated_records_with_other_content": 0,
     }  # fmt: skip
-    sizes = {"records": 0, "records_repeated_by_killed_trainers": 0}
+    sizes = {"records": 0, "records_repeated_by_the_trainer": 0}
     for spec in TOPICS.values():
         log = _read_record_ids(bus, spec)
         sizes["records"] += len(log)
@@ -84,7 +84,7 @@ def compare_with_log(connection: duckdb.DuckDBPyConnection, bus: Bus) -> tuple[d
         faults["rows_not_on_the_log"] += _count(connection, f"SELECT count(*) FROM ({rows} EXCEPT ALL {records})")
         faults["record_ids_doubled_in_tables"] += _count(connection, f"{doubled} {spec.table}")
         if spec.record_class in _REPEATED_RECORDS:
-            sizes["records_repeated_by_killed_trainers"] += _count(connection, f"{doubled} log")
+            sizes["records_repeated_by_the_trainer"] += _count(connection, f"{doubled} log")
             mismatches = f"SELECT count(*) FROM raw.{spec.table} WHERE content_mismatch"
             faults["repeated_records_with_other_content"] += _count(connection, mismatches)
         elif spec.record_class is not ProducerOffset:  # all positions of a producer have the same id

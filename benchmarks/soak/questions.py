@@ -76,6 +76,7 @@ class QuestionModel:
         return [[Generation(self.write_list(request), "stop")] for request in batch]
 
     def score_options(self, batch: Sequence[GenerationRequest], options: Sequence[str]) -> list[OptionScores]:
+        # The interface of a model has this method. The generator of prompts does not call it.
         raise NotImplementedError("The programmatic model of questions only writes questions.")
 
     def write_list(self, request: GenerationRequest) -> str:

@@ -140,8 +140,8 @@ def produce(
     reported. Rows that were published earlier are not added again.
 
     --generate samples prompts without end (docs/sources.md). It waits while enough prompts of the run wait for a response, or
-    while a training loop needs no further prompts. A killed generator continues at its position. The texts that are not published are counted
-    by reason: no request, a near-duplicate, near an evaluation prompt, too long, another language, and others.
+    while a training loop needs no further prompts. A killed generator continues at its position. The texts that are not
+    published are counted by reason: no request, a near-duplicate, near an evaluation prompt, too long, another language, and others.
 
     --drop-near-duplicates compares each prompt of a file with the prompts of the run and with the prompts that training or
     evaluation keeps apart, and prints and counts the rows that it drops.
