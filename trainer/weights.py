@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import transformers
@@ -31,11 +31,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 from engine.checkpoints import MANIFEST_FILENAME, hash_files
 from engine.errors import UsageError
 from engine.models.control_tokens import find_end_token_id
-from engine.settings import TrainSettings
 from engine.thread_limit import require_thread_limit
 from engine.weight_sync import ADAPTER_FOLDER
 from trainer import sharding
 from trainer.distributed import get_rank
+
+if TYPE_CHECKING:
+    from engine.settings import TrainSettings
 
 # The caller prints one line per step, so the libraries print nothing. The libraries would also warn that a new scorer has no
 # head, but `load_scorer` initializes the head.

@@ -112,9 +112,10 @@ def run_silent_commit(
                 broker.start()
                 expected = (number + 1) * prompts_per_outage
                 wait_until(
-                    lambda expected=expected: worker.num_committed >= expected, f"outage {number} is over", interval_s=0.05
+                    lambda expected=expected: host.raise_if_failed() or worker.num_committed >= expected,
+                    f"outage {number} is over",
+                    interval_s=0.05,
                 )
-                host.raise_if_failed()
                 yield f"outage {number + 1}: {worker.num_committed} records committed"
     texts = [decode_record(value, Response).completions[0].text for value in read_values(bus, "responses")]
     require(not read_values(bus, "dead-letters"), "there are dead letters")
