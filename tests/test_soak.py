@@ -22,7 +22,7 @@ from schemas.codec import decode_record
 from schemas.records import BatchManifest, Pause, PolicyKind, PolicyUpdate, ProducerOffset, Prompt, Response
 from tests.support.lake import LakeSource
 from tests.support.records import RecordDatabase, make_chain_end, make_preference, make_response
-from trainer.phases import make_score
+from trainer.scores import make_score
 
 OPTIONS = GeneratorOptions(batch_size=1, eval_fraction=0.0)
 

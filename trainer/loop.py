@@ -42,7 +42,7 @@ from engine.settings import Settings
 from engine.store import Store
 from engine.text import format_count
 from schemas import ids
-from schemas.records import Allowance, BatchManifest, Incident, PolicyUpdate, Record
+from schemas.records import Allowance, BatchManifest, Incident, PolicyUpdate, Record, Score
 from trainer.batches import RowRef, compute_exact_mixture_size, get_mixture, get_row_threshold
 from trainer.consumed import count_further_rows
 from trainer.folders import ModelFolders
@@ -76,7 +76,10 @@ _MAX_POLL_FRACTION = 0.03
 _MONITOR_INTERVAL_S = 30.0
 # Returns what is wrong with the labels of the database, or None if RL may train on them.
 LabelCheck = Callable[[TimedStore], str | None]
-MonitorCheck = Callable[[TrainingState, TimedStore, ModelFolders, Callable[[Sequence[Record]], None]], LimitExceeded | None]
+MonitorCheck = Callable[
+    [TrainingState, TimedStore, ModelFolders, Callable[[Sequence[Record]], None], Callable[[Sequence[Score]], list[float]]],
+    LimitExceeded | None,
+]
 
 
 def _ignore_step(phase: str, step: int, metrics: dict[str, float]) -> None:
@@ -399,7 +402,8 @@ class Trainer:
 
     def check_policy(self, monitor: MonitorCheck, state: TrainingState) -> LimitExceeded | None:
         """Run a monitor on the newest policy. Return the exceeded limit, or None."""
-        return monitor(state, self.store, self.updater.get_folders(state), self.log.publish)
+        updater = self.updater
+        return monitor(state, self.store, updater.get_folders(state), self.log.publish, updater.scores.publish)
 
     def trigger_rollback(self, exceeded: LimitExceeded) -> PolicyUpdate | None:
         """Pause the RL phase, restore the last good policy and publish an incident, all in one transaction.

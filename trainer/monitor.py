@@ -27,12 +27,12 @@ from engine.policy import index_policies
 from engine.settings import TrainSettings
 from engine.statistics import Z_SCORE_95, compute_correlation
 from schemas import ids
-from schemas.records import ChatMessage, Metric, Outcome, PolicyKind, Record
+from schemas.records import ChatMessage, Metric, Outcome, PolicyKind, Record, Score
 from trainer.batches import parse_messages
 from trainer.consumed import QUERY_TIMEOUT_S
 from trainer.methods import is_rewarded
-from trainer.phases import make_score
 from trainer.rewards import Evidence, compute_reward, read_evidence
+from trainer.scores import make_score
 
 if TYPE_CHECKING:
     from engine.settings import MonitorSettings as Limits
@@ -287,7 +287,12 @@ class RewardHackingMonitor:
     is_waiting_for_grades: bool = False
 
     def __call__(
-        self, state: TrainingState, store: TimedStore, folders: ModelFolders, publish: Callable[[Sequence[Record]], None]
+        self,
+        state: TrainingState,
+        store: TimedStore,
+        folders: ModelFolders,
+        publish: Callable[[Sequence[Record]], None],
+        publish_scores: Callable[[Sequence[Score]], list[float]],
     ) -> LimitExceeded | None:
         version, reference = state.policy_version, state.reference_version
         if version == reference:
@@ -314,7 +319,7 @@ class RewardHackingMonitor:
         if self.reward_terms:
             metrics |= _compute_grade_proxy_metrics(store, self.reward_terms, rows, reference_rows)
         elif state.reward_version and rewarded:  # with DPO there is no reward model
-            metrics |= _compute_proxy_metrics(state, folders, publish, rows, reference_rows, self.train_settings)
+            metrics |= _compute_proxy_metrics(state, folders, publish_scores, rows, reference_rows, self.train_settings)
         with store.hold_open():
             metrics |= _add_reference_metrics(_query_version_metrics(store, version), _query_version_metrics(store, reference))
             metrics |= _query_boilerplate_rise(store, version, reference) | _query_kl_metrics(store, version)
@@ -398,7 +403,7 @@ class RewardHackingMonitor:
 def _compute_proxy_metrics(
     state: TrainingState,
     folders: ModelFolders,
-    publish: Callable[[Sequence[Record]], None],
+    publish_scores: Callable[[Sequence[Score]], list[float]],
     rows: list[Any],
     reference_rows: list[Any],
     train_settings: TrainSettings,
@@ -413,10 +418,8 @@ def _compute_proxy_metrics(
 
     def score(rows: list[Any]) -> list[float]:
         scores = model.score([(parse_messages(row), row["text"], row["finish_reason"] == "STOP") for row in rows])
-        normalized = model.normalize(scores)
-        records = zip(rows, scores, normalized, strict=True)
-        publish([make_score(row, row["run_id"], reward_version, *pair) for row, *pair in records])
-        return normalized
+        records = zip(rows, scores, model.normalize(scores), strict=True)
+        return publish_scores([make_score(row, row["run_id"], reward_version, *pair) for row, *pair in records])
 
     scores, reference_scores = score(rows), score(reference_rows)
     gain, low, high = compute_mean_difference(scores, reference_scores)

@@ -23,6 +23,7 @@ from trainer.folders import ModelFolders
 from trainer.methods import PHASES as PHASES
 from trainer.methods import RL_METHODS
 from trainer.rewards import Evidence, compute_term_value
+from trainer.scores import make_score
 
 if TYPE_CHECKING:
     from engine.settings import TrainSettings
@@ -36,12 +37,14 @@ if TYPE_CHECKING:
 class LearnContext:
     """A context is passed to a learner function together with the batch.
 
-    `publish` writes records to the log in one transaction. `on_step` is called with the number of a step and its metrics.
+    `publish` writes records to the log in one transaction. `publish_scores` writes the scores that are not on the log yet, and
+    returns the normalized scores on the log. `on_step` is called with the number of a step and its metrics.
     """
 
     folders: ModelFolders
     train_settings: TrainSettings
     publish: Callable[[Sequence[Record]], None]
+    publish_scores: Callable[[Sequence[Score]], list[float]]
     on_step: Callable[[int, dict[str, float]], None]
 
     @property
@@ -320,7 +323,7 @@ LEARNERS: dict[str, Learner] = {
 
 
 def _score_rollouts(context: LearnContext, batch: Batch) -> list[float]:
-    """Return the reward model's normalized score of each rollout, and publish all scores."""
+    """Return the reward model's normalized score of each rollout, and publish the scores."""
     from trainer import distributed
     from trainer.learners import reward
 
@@ -334,32 +337,8 @@ def _score_rollouts(context: LearnContext, batch: Batch) -> list[float]:
         policy=context.folders.get_policy_folder(manifest.base_policy_version),
         hardware=context.hardware,
     )
-    context.publish(
-        [
-            make_score(row, manifest.run_id, version, score, normalized_score)
-            for row, score, normalized_score in zip(batch.rows, scores, normalized, strict=True)
-        ]
-    )
-    return normalized
-
-
-def make_score(row: Mapping[str, Any], run_id: str, reward_version: int, score: float, normalized_score: float) -> Score:
-    """Return the record of a reward model's score for the completion in `row`."""
-    response_id = str(row["response_id"])
-    fingerprint = ids.compute_fingerprint("score", reward_version=reward_version)
-    return Score(
-        record_id=ids.compute_record_id("score", [response_id], fingerprint, row["completion_index"]),
-        parent_ids=[response_id],
-        prompt_id=str(row["prompt_id"]),
-        run_id=run_id,
-        stage="train",
-        policy_version=row["policy_version"],
-        response_id=response_id,
-        completion_index=row["completion_index"],
-        reward_version=reward_version,
-        score=score,
-        normalized_score=normalized_score,
-    )
+    records = zip(batch.rows, scores, normalized, strict=True)
+    return context.publish_scores([make_score(row, manifest.run_id, version, *pair) for row, *pair in records])
 
 
 def _make_early_stop_incident(manifest: BatchManifest, metrics: dict[str, float], limit: str) -> Incident:

@@ -71,6 +71,7 @@ from trainer.methods import RL_METHODS, needs_reward_model, uses_constitution, u
 from trainer.monitor import LimitExceeded
 from trainer.pacing import Pacer
 from trainer.phases import LearnContext, Learner
+from trainer.scores import ScorePublisher
 from trainer.state import (
     TrainingLog,
     TrainingState,
@@ -116,6 +117,7 @@ class Updater:
     def __post_init__(self) -> None:
         self.checkpoints_folder = self.settings.folder / "checkpoints"
         self.lifetime = QueryTimer(self.store)
+        self.scores = ScorePublisher(self.store, self.log.publish)
 
     def get_folders(self, state: TrainingState) -> ModelFolders:
         return ModelFolders(state, self.base_folder, self.checkpoints_folder)
@@ -460,6 +462,7 @@ class Updater:
             folders,
             self.settings.train,
             publish=self.log.publish,
+            publish_scores=self.scores.publish,
             on_step=lambda step, metrics: self.publish_step_metrics(manifest, step, metrics),
         )
         try:

@@ -26,9 +26,8 @@ The results are counted from the records. If one of these numbers is not 0, the 
 * rows that a phase used twice for training, missing versions, batches that cannot be rebuilt, dead letters
 * indexes of the generator that are missing, or that were published twice or with other prompts than their position counts
 * prompts without exactly one response, one end of a chain and one outcome of the judge
-* records on the log that are not exactly once in their table, and record ids that are twice on the log or in a table. The
-  trainer's monitor publishes scores that RL has published. A trainer that starts again after a kill publishes the scores and metrics
-  of its unfinished batch again, and the dropped rollouts that the sink had
+* records on the log that are not exactly once in their table, and record ids that are twice on the log or in a table. A trainer that
+  starts again after a kill publishes the metrics of its unfinished batch again, and the scores and dropped rollouts that the sink had
   not written. They have the same ids and content. They are counted (`records_repeated_by_the_trainer`), and the tables have each of
   them once
 * rows or columns in which the lake and the database differ, compared with DuckDB, and the exit codes of the processes and of

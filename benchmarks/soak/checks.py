@@ -36,9 +36,8 @@ _INDEX_QUERIES = {
         SELECT count(*) FROM expected FULL JOIN found USING (index)
         WHERE coalesce(expected.num_prompts, 0) <> coalesce(found.num_prompts, 0)""",
 }
-# The reward hacking monitor publishes scores that RL has published. A trainer that starts again after a kill publishes the scores and
-# the steps' metrics of its unfinished batch again, and the dropped rollouts that the sink had not written. They have the same ids, so
-# the sink marks them as duplicates, and the tables have each of them once.
+# A trainer that starts again after a kill publishes the metrics of its unfinished batch again, and the scores and dropped rollouts that
+# the sink had not written. They have the same ids, so the sink marks them as duplicates, and the tables have each of them once.
 _REPEATED_RECORDS = (Score, Metric, DroppedRollout)
 # The records of which each prompt must have exactly one. With two completions, a prompt has one pair to judge.
 _OUTCOMES = {

@@ -2,6 +2,7 @@
 
 import math
 import random
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 
 from charter.connect import connect_bus, open_store
 from consumers.sink import Sink
+from engine.bus.read import read_values
 from engine.checkpoints import write_checkpoint
 from engine.models.chat_template import encode_completion, encode_prompt
 from engine.policy import get_weights_version
@@ -17,6 +19,7 @@ from engine.settings import load_settings
 from engine.statistics import compute_correlation
 from engine.worker import to_producer_record
 from schemas import ids
+from schemas.codec import decode_record
 from schemas.records import (
     ChatMessage,
     Completion,
@@ -28,6 +31,7 @@ from schemas.records import (
     Prompt,
     Response,
     Sampling,
+    Score,
     Split,
 )
 from tests.support.records import RecordDatabase, copy_empty_database, make_grades
@@ -42,6 +46,7 @@ from trainer.monitor import (
     find_exempt_checks,
     find_limit_violations,
 )
+from trainer.scores import ScorePublisher, make_score
 
 LIMITS = Limits()
 CLEAN = {
@@ -285,6 +290,30 @@ def sink_all(trainer):
     sink.close()
 
 
+def test_scores_that_are_on_the_log_are_used_and_not_published_again(trainer):
+    for version in (1, 2):
+        add_responses(trainer, version, (2, 6))
+    rows = trainer.store.query_dicts(
+        "SELECT response_id, completion_index, prompt_id, policy_version FROM monitored_responses WHERE policy_version = 2 ORDER BY nth"
+    )
+    values = (50.0, 60.0, 70.0)
+    first, second, third = (make_score(row, "live", 1, 0.0, value) for row, value in zip(rows, values, strict=False))
+    assert trainer.updater.scores.publish([first]) == [50.0]
+    rounded = [score.model_copy(update={"normalized_score": score.normalized_score + 2e-7}) for score in (first, second, third)]
+    # The sink has not written the first score yet.
+    assert trainer.updater.scores.publish(rounded[:2]) == [50.0, 60.0 + 2e-7]
+    sink_all(trainer)
+    restarted = ScorePublisher(trainer.store, trainer.log.publish)
+    assert restarted.publish([second, third]) == [60.0 + 2e-7, 70.0]
+    sink_all(trainer)
+    check(make_monitor(trainer), trainer)  # this scores these three completions and others
+    sink_all(trainer)
+    published = Counter(decode_record(value, Score).record_id for value in read_values(trainer.log.bus, "scores"))
+    assert set(published.values()) == {1} and len(published) > 3
+    (stored,) = trainer.store.query("SELECT max(normalized_score) FROM scores").rows
+    assert stored == (70.0,)
+
+
 def test_monitor_detects_a_reward_model_that_prefers_length(trainer):
     monitor = make_monitor(trainer)
     add_responses(trainer, 1, (1, 4))
@@ -305,7 +334,7 @@ def test_monitor_detects_a_reward_model_that_prefers_length(trainer):
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_monitor_scores_with_the_precision_of_the_trainer(trainer, monkeypatch, precision):
-    """The monitor and PPO publish scores of the same responses under the same ids."""
+    """The monitor and PPO use the scores that the other one has published."""
     load, precisions = reward.load_reward_model, []
 
     def load_and_note(folder, hardware=None, **options):
