@@ -840,21 +840,35 @@ class Worker:
         except PartitionLost:
             self.drop_lost_partitions(self.consumer.assignment())
             return
+        self.drop_committed(transaction.offsets)
+
+    def drop_committed(self, offsets: Mapping[TopicPartition, int]) -> None:
+        """Drop and count the records below these committed offsets. They are those of one transaction."""
+        committed: list[InFlightRecord] = []
+        with self.executor.condition:
+            for tp, offset in offsets.items():
+                items = self.in_flight_records.get(tp, deque())
+                while items and items[0].consumer_record.offset < offset:
+                    item = items.popleft()
+                    item.is_dropped = True
+                    self.in_flight_bytes -= item.num_bytes
+                    committed.append(item)
+        if not committed:
+            return
         if logger.isEnabledFor(logging.INFO):
-            for item in transaction.items:
+            for item in committed:
                 logger.info(
                     "%s has finished %s",
                     self.stage.name,
                     format_coordinates(item.consumer_record),
                     extra=self.make_log_extra(item),
                 )
-        self.clear_crash_count(transaction.items)
-        self.drop_committed(transaction.offsets)
-        self.num_committed += len(transaction.items)
+        self.clear_crash_count(committed)
+        self.num_committed += len(committed)
         self.num_transactions += 1
-        self.count_erased(transaction.items)
-        self.num_of_other_runs.update(item.other_run_id for item in transaction.items if item.other_run_id)
-        self.num_written += len(transaction.outputs)
+        self.count_erased(committed)
+        self.num_of_other_runs.update(item.other_run_id for item in committed if item.other_run_id)
+        self.num_written += sum(len(item.outputs or ()) for item in committed)
 
     def count_erased(self, items: Iterable[InFlightRecord]) -> None:
         """Count the committed records of erased prompts, and log the first one."""
@@ -914,16 +928,6 @@ class Worker:
         self.journal.clear_crash_count(candidates)
         for consumer_record in candidates:
             self.poison_candidates.pop(self.journal.make_key(consumer_record), None)
-
-    def drop_committed(self, offsets: Mapping[TopicPartition, int]) -> None:
-        """Drop the records below these committed offsets."""
-        with self.executor.condition:
-            for tp, offset in offsets.items():
-                items = self.in_flight_records.get(tp, deque())
-                while items and items[0].consumer_record.offset < offset:
-                    item = items.popleft()
-                    item.is_dropped = True
-                    self.in_flight_bytes -= item.num_bytes
 
     def resolve_uncertain_commit(self) -> None:
         """Open a new writer, and drop the records that are committed.
