@@ -84,7 +84,7 @@ def _scan_unread(
         while time.monotonic() < deadline:
             for message in reader.poll(0.1, 1000):
                 if run_id is None or _may_belong_to(message, run_id):
-                    timestamps.setdefault(TopicPartition(message.topic, message.partition), message.timestamp_ms)
+                    timestamps.setdefault(message.topic_partition, message.timestamp_ms)
             positions = reader.positions()
             if all(offset >= end_offsets[partition] for partition, offset in positions.items() if partition not in timestamps):
                 return timestamps, True

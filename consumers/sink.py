@@ -381,7 +381,7 @@ def _make_offsets_lost_error(topic_partition: TopicPartition, offset: int, begin
 def _compute_next_offsets(consumer_records: Iterable[ConsumerRecord]) -> dict[TopicPartition, int]:
     offsets: dict[TopicPartition, int] = {}
     for consumer_record in consumer_records:
-        topic_partition = TopicPartition(consumer_record.topic, consumer_record.partition)
+        topic_partition = consumer_record.topic_partition
         offsets[topic_partition] = max(offsets.get(topic_partition, 0), consumer_record.offset + 1)
     return offsets
 

@@ -34,4 +34,6 @@ class ErasedPrompts:
 
     def covers(self, consumer_record: ConsumerRecord) -> bool:
         """Return whether a record has no value, or its key is the id of an erased prompt."""
-        return consumer_record.value is None or (consumer_record.key or b"").decode("utf-8", "replace") in self.prompt_ids
+        if consumer_record.value is None or not self.prompt_ids:
+            return consumer_record.value is None
+        return (consumer_record.key or b"").decode("utf-8", "replace") in self.prompt_ids

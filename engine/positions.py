@@ -167,7 +167,7 @@ class PositionFinder:
             self._raise_if_cancelled()
             is_retry = any(name == TARGET_STAGE_HEADER for name, _ in record.headers)
             if record.key is not None and not is_retry and self._run_header in record.headers:
-                keys[TopicPartition(record.topic, record.partition)].add(record.key)
+                keys[record.topic_partition].add(record.key)
         return keys
 
     @property

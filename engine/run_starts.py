@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from engine.bus.partitioner import choose_partition
 from engine.bus.port import Bus, ConsumerRecord, Offsets, ProducerRecord, TopicPartition
@@ -54,7 +54,7 @@ class StartPositions:
 
     def assign_partition(self, record: ProducerRecord) -> ProducerRecord:
         """Set the partition of a record."""
-        return replace(record, partition=self.choose_partition(record.topic, record.key))
+        return record._replace(partition=self.choose_partition(record.topic, record.key))
 
 
 def read_start_positions(bus: Bus, run_id: str) -> StartPositions | None:
@@ -123,7 +123,7 @@ def _find_first_offsets(bus: Bus, run_id: str, beginnings: Offsets, ends: Offset
     found: Offsets = {}
     work_offsets = {tp: offset for tp, offset in beginnings.items() if tp.topic in _WORK_TOPICS}
     for record in read_between(bus, work_offsets, ends):
-        tp = TopicPartition(record.topic, record.partition)
+        tp = record.topic_partition
         if tp not in found and _may_belong_to(record, run_id):
             found[tp] = record.offset
     return found

@@ -8,8 +8,6 @@ headers are also written if no collector is running.
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from opentelemetry import trace
 from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import TracerProvider
@@ -58,7 +56,7 @@ class StageTracer:
         _PROPAGATOR.inject(outgoing, trace.set_span_in_context(span))
         span.end()
         headers = tuple((name, value.encode("ascii")) for name, value in outgoing.items())
-        return [replace(output, headers=(*output.headers, *headers)) for output in outputs]
+        return [output._replace(headers=(*output.headers, *headers)) for output in outputs]
 
 
 def make_otlp_exporter() -> SpanExporter:

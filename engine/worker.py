@@ -23,11 +23,10 @@ stage then stops and does not commit these dead letters.
 
 from __future__ import annotations
 
-import itertools
 import logging
 import threading
 import time
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, wait
 from contextlib import suppress
@@ -106,7 +105,7 @@ class WorkerLimits:
     max_consecutive_dead_letters: int = 10  # 0 means no limit
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class InFlightRecord:
     """A record that a stage has read but not yet committed. `outputs` is None until the record is finished."""
 
@@ -126,7 +125,7 @@ class InFlightRecord:
 
     @property
     def topic_partition(self) -> TopicPartition:
-        return TopicPartition(self.consumer_record.topic, self.consumer_record.partition)
+        return self.consumer_record.topic_partition
 
     @property
     def num_bytes(self) -> int:
@@ -252,14 +251,14 @@ class Worker:
         pacing: PacedAdmission | None = None,
     ) -> None:
         self.bus, self.stage, self.executor, self.run_id, self.trace = bus, stage, executor, run_id, trace
-        self.group = f"{run_id}.{stage.name}"
+        self.group, self.stage_header = f"{run_id}.{stage.name}", stage.name.encode()
         self.instance, self.limits, self.journal, self.can_admit = instance, limits or WorkerLimits(), journal, can_admit
         self.pacing = pacing
         if pacing:
             pacing.max_pending = stage.max_batch_size * executor.num_threads
         # One tracker for each thread: the one that polls, and the one that writes a transaction.
         self.call_tracker, self.commit_tracker = (CallTracker(f"{stage.name} ({instance})") for _ in range(2))
-        self.in_flight_records: dict[TopicPartition, deque[InFlightRecord]] = {}
+        self.in_flight_records: defaultdict[TopicPartition, deque[InFlightRecord]] = defaultdict(deque)
         self.in_flight_bytes = 0
         self.epochs: Offsets = {}  # the assignment at the last poll
         self.transaction: OpenTransaction | None = None
@@ -345,11 +344,13 @@ class Worker:
 
     def count_committable(self) -> int:
         """Return the number of finished records before the first unfinished record of each partition."""
-        return sum(
-            1
-            for items in self.in_flight_records.values()
-            for _ in itertools.takewhile(lambda item: item.outputs is not None, items)
-        )
+        count = 0
+        for items in self.in_flight_records.values():
+            for item in items:
+                if item.outputs is None:
+                    break
+                count += 1
+        return count
 
     @property
     def num_queued(self) -> int:
@@ -384,7 +385,7 @@ class Worker:
             self.skip_duplicates(items)
         with self.executor.condition:
             for item in items:
-                self.in_flight_records.setdefault(item.topic_partition, deque()).append(item)
+                self.in_flight_records[item.topic_partition].append(item)
                 self.in_flight_bytes += item.num_bytes
                 if item.outputs is None and item.retry_at:
                     self.retry_queue.append(item)
@@ -451,8 +452,7 @@ class Worker:
         except DependencyUnreachable:
             for consumer_record in reversed(consumer_records):  # the last seek of each partition is to its first record
                 with suppress(PartitionLost):
-                    tp = TopicPartition(consumer_record.topic, consumer_record.partition)
-                    self.consumer.seek(tp, consumer_record.offset)
+                    self.consumer.seek(consumer_record.topic_partition, consumer_record.offset)
             raise
 
     def apply_backpressure(self) -> int:
@@ -498,9 +498,9 @@ class Worker:
 
         A record for another run or stage, or of an erased prompt, gets no outputs.
         """
-        epoch = epochs.get(TopicPartition(consumer_record.topic, consumer_record.partition), -1)
+        epoch = epochs.get(consumer_record.topic_partition, -1)
         item = InFlightRecord(consumer_record, epoch, time.monotonic())
-        if dict(consumer_record.headers).get(TARGET_STAGE_HEADER, self.stage.name.encode()) != self.stage.name.encode():
+        if dict(consumer_record.headers).get(TARGET_STAGE_HEADER, self.stage_header) != self.stage_header:
             item.outputs = []
             return item
         if self.erased_prompts.covers(consumer_record):
@@ -774,9 +774,7 @@ class Worker:
         """
         remaining_records, remaining_bytes, prefixes = _MAX_COMMIT_RECORDS, _MAX_COMMIT_BYTES, {}
         with self.executor.condition:
-            is_working = any(item.outputs is None for items in self.in_flight_records.values() for item in items)
-            hold_failures = self.fatal_error or (is_working and self.limits.max_consecutive_dead_letters)
-            held = set(self.consecutive_failures) if hold_failures else set()
+            held = set(self.consecutive_failures) if self.must_hold_failures() else set()
             for tp, items in self.in_flight_records.items():
                 prefix: list[InFlightRecord] = []
                 for item in items:
@@ -784,10 +782,19 @@ class Worker:
                         break
                     prefix.append(item)
                     remaining_records -= 1
-                    remaining_bytes -= sum(len(output.value or b"") for output in item.outputs)
+                    for output in item.outputs:
+                        remaining_bytes -= len(output.value or b"")
                 if prefix:
                     prefixes[tp] = prefix
         return prefixes
+
+    def must_hold_failures(self) -> bool:
+        """Return whether the consecutive dead letters are not committed yet. The caller must hold `executor.condition`."""
+        if self.fatal_error:
+            return True
+        if not self.consecutive_failures or not self.limits.max_consecutive_dead_letters:
+            return False
+        return any(item.outputs is None for items in self.in_flight_records.values() for item in items)
 
     def commit(self) -> None:
         """Note the result of the last transaction, if it has ended. Then start a transaction with the finished prefixes."""
@@ -847,7 +854,7 @@ class Worker:
         committed: list[InFlightRecord] = []
         with self.executor.condition:
             for tp, offset in offsets.items():
-                items = self.in_flight_records.get(tp, deque())
+                items = self.in_flight_records[tp]
                 while items and items[0].consumer_record.offset < offset:
                     item = items.popleft()
                     item.is_dropped = True

@@ -143,7 +143,7 @@ class PromptHistory:
             if progress:
                 progress.num_done += 1
             # If the log becomes unreachable here, the next call continues after this record.
-            self.next_offsets[TopicPartition(record.topic, record.partition)] = record.offset + 1
+            self.next_offsets[record.topic_partition] = record.offset + 1
         self.next_offsets = ends
 
     def add_record(self, record: ConsumerRecord) -> None:
@@ -152,7 +152,7 @@ class PromptHistory:
         except RecordError:  # the prompt was erased, or the stage respond makes a dead letter of the record
             return
         if prompt.run_id == self.run_id:
-            self.offsets.setdefault(TopicPartition(record.topic, record.partition), array("q")).append(record.offset)
+            self.offsets.setdefault(record.topic_partition, array("q")).append(record.offset)
         self.add_prompt(prompt)
 
     def add_prompt(self, prompt: Prompt) -> None:

@@ -706,7 +706,7 @@ def _to_consumer_records(bus: KafkaBus, polled: Mapping[KafkaTopicPartition, Seq
     for tp, records in polled.items():
         topic, partition = bus.from_kafka_partition(tp)
         consumer_records += [
-            ConsumerRecord(topic, partition, r.offset, r.key, r.value, tuple(map(tuple, r.headers or ())), r.timestamp)
+            ConsumerRecord(topic, partition, r.offset, r.key, r.value, tuple(r.headers or ()), r.timestamp)
             for r in records
         ]
     return consumer_records
@@ -865,7 +865,7 @@ class KafkaConsumer:
             if held:
                 self.pause(held)
         # The client may have read records of a new partition before the pause. `start` seeks, so they are read again.
-        return [r for r in _to_consumer_records(self.bus, polled) if TopicPartition(r.topic, r.partition) not in held]
+        return _to_consumer_records(self.bus, {tp: polled[tp] for tp in polled if self.bus.from_kafka_partition(tp) not in held})
 
     def finish_join(self, max_records: int) -> Mapping[KafkaTopicPartition, Sequence[Any]]:
         """Continue polling for up to _JOIN_TIMEOUT_S while a join is in progress.

@@ -41,7 +41,7 @@ def read_between(
                 reader, previous = bus.open_reader(remaining), remaining
                 continue
             for record in records:
-                if record.offset < end_offsets[TopicPartition(record.topic, record.partition)]:
+                if record.offset < end_offsets[record.topic_partition]:
                     yield record
             positions = reader.positions()
             if positions != previous:
