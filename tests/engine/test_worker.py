@@ -234,7 +234,8 @@ def test_uncertain_commit_does_not_repeat_work_or_writes(bus):
     uncertain.writer.commit = commit
     run_until([uncertain], lambda: sum(bus.committed("r.respond", ["prompts"]).values()) == 20)
     assert read_responses(bus) == [f"P{n:02}" for n in range(20)] and len(processed) == len(set(processed)) == 20
-    run_until([uncertain], lambda: uncertain.num_committed == uncertain.num_written == 20)  # also those whose commit was uncertain
+    # The records whose commit was uncertain are counted, too.
+    run_until([uncertain], lambda: uncertain.num_committed == uncertain.num_written == 20)
 
 
 def block_commits(worker):
