@@ -5,7 +5,6 @@ import os
 import re
 import shutil
 import uuid
-from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
 import pytest
@@ -212,7 +211,7 @@ def test_record_that_a_stage_writes_after_the_erasure_has_no_value(deployment):
     (prompt,) = {
         record.key: record for record in read_topic(bus, "prompts") if record.key == get_prompt_id(SECRET).encode()
     }.values()
-    prompt = replace(prompt, value=SECRET.encode())
+    prompt = prompt._replace(value=SECRET.encode())
     dead_letter = make_dead_letter(prompt, DeadLetterKind.EXHAUSTED, ValueError(SECRET), stage="respond", run_id="live")
     bus.open_writer("w").commit([to_producer_record(make_response(SECRET)), to_producer_record(dead_letter)])
     bus.close()
