@@ -505,6 +505,7 @@ def _make_worker(
         limits=WorkerLimits(
             options.max_in_flight,
             options.max_bytes,
+            options.max_uncommitted,
             options.max_attempts,
             options.retry_timeout_s,
             options.max_consecutive_dead_letters,

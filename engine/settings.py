@@ -523,10 +523,14 @@ class EvaluationSettings(_Section):
 
 class WorkerSettings(_Section):
     max_in_flight: int = Field(
-        256,
+        1024,
         ge=1,
-        description="Maximum number of records that one stage has read and that are unfinished, or wait for an unfinished record."
-        " Twice as many finished records may wait only for a transaction.",
+        description="Maximum number of records that one stage has read but not yet committed.",
+    )
+    max_uncommitted: int = Field(
+        768,
+        ge=1,
+        description="Maximum number of records that one stage has finished but not yet committed. A crash repeats their model calls.",
     )
     max_bytes: int = Field(
         64 * 1024 * 1024,

@@ -31,6 +31,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, wait
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 
 from engine.backoff import compute_backoff
 from engine.bus.port import Bus, ConsumerRecord, Offsets, ProducerRecord, TopicPartition
@@ -65,7 +66,7 @@ _BUSY_WAIT_S = 0.02
 _PAUSE_REPORT_INTERVAL_S = 30.0
 _MAX_COMMIT_RECORDS = 500
 _MAX_COMMIT_BYTES = 16 * 1024 * 1024
-_COMMITTABLE_FACTOR = 2  # the records of the open transaction, and those of the next one
+_RESUME_SHARE = 0.75
 
 
 @dataclass(frozen=True)
@@ -93,13 +94,14 @@ class Stage:
 class WorkerLimits:
     """Limits on the records that a worker holds and on its retries. Times are in seconds.
 
-    `max_in_flight` is the limit of the records that are read and cannot be committed yet: they are unfinished, or wait for an
-    unfinished record before them. Twice as many may wait only for a transaction, so that a commit does not stop the model. So a crash
-    repeats at most three times `max_in_flight` records. `max_in_flight_bytes` is the limit of both kinds together.
+    `max_in_flight` and `max_in_flight_bytes` are the limits of the records that are read and not committed. A crash repeats the
+    records that are finished and not committed, with their model calls. `max_uncommitted` is the limit of these. They wait for a
+    transaction, or for an unfinished record before them.
     """
 
-    max_in_flight: int = 256
+    max_in_flight: int = 1024
     max_in_flight_bytes: int = 64 * 1024 * 1024
+    max_uncommitted: int = 768
     max_attempts: int = 3
     retry_timeout_s: float = 600.0  # a record that still fails after this time becomes a dead letter
     max_consecutive_dead_letters: int = 10  # 0 means no limit
@@ -342,16 +344,6 @@ class Worker:
     def num_in_flight(self) -> int:
         return sum(len(items) for items in self.in_flight_records.values())
 
-    def count_committable(self) -> int:
-        """Return the number of finished records before the first unfinished record of each partition."""
-        count = 0
-        for items in self.in_flight_records.values():
-            for item in items:
-                if item.outputs is None:
-                    break
-                count += 1
-        return count
-
     @property
     def num_queued(self) -> int:
         return sum(len(queue) for queue in self.queues.values())
@@ -460,14 +452,9 @@ class Worker:
 
         Return the number of records that the stage can read, at least 1.
         """
-        share = 0.5 if self.partitions_paused else 1.0  # a lower limit for resuming avoids frequent switching
-        limits, num_committable = self.limits, self.count_committable()
-        num_waiting = self.num_in_flight - num_committable
-        is_full = (
-            num_waiting >= limits.max_in_flight * share
-            or num_committable >= _COMMITTABLE_FACTOR * limits.max_in_flight
-            or self.in_flight_bytes >= limits.max_in_flight_bytes * share
-        )
+        share = _RESUME_SHARE if self.partitions_paused else 1.0  # a lower limit for resuming avoids frequent switching
+        limits, num_in_flight = self.limits, self.num_in_flight
+        is_full = num_in_flight >= limits.max_in_flight * share or self.in_flight_bytes >= limits.max_in_flight_bytes * share
         self.admission_closed = not self.can_admit()
         if self.pacing:
             self.refresh_pacing(self.pacing)
@@ -477,7 +464,7 @@ class Worker:
         elif self.partitions_paused:
             self.consumer.resume(list(self.consumer.assignment()))
             self.partitions_paused = False
-        return max(1, limits.max_in_flight - num_waiting)
+        return max(1, limits.max_in_flight - num_in_flight)
 
     def refresh_pacing(self, pacing: PacedAdmission) -> None:
         """Read the allowance of the training loop, and the responses since then. Held records stay in their queue."""
@@ -565,11 +552,24 @@ class Worker:
         if now < self.paused_until or self.fatal_error or self.admission_closed or self.is_processing_candidate:
             return []
         self.requeue_retries(now)
+        if self.must_wait_for_commit():
+            return []
         for topic in self.stage.inputs:
             if items := self.take_from_queue(self.queues[topic]):
                 self.num_processing += len(items)
                 return items
         return []
+
+    def must_wait_for_commit(self) -> bool:
+        """Return whether so many records are finished and not committed that no batch may start. The caller must hold
+        `executor.condition`.
+
+        A batch may start if nothing else leads to a commit: then the finished records wait for the head of the queue.
+        """
+        num_finished = sum(item.outputs is not None for items in self.in_flight_records.values() for item in items)
+        if num_finished + self.num_processing < self.limits.max_uncommitted:
+            return False
+        return bool(self.num_processing or self.retry_queue or self.transaction or self.get_finished_prefixes())
 
     def take_from_queue(self, queue: deque[InFlightRecord]) -> list[InFlightRecord]:
         """Remove the next batch from a queue. Records that are held (engine/pacing.py) stay in the queue, in their order."""
@@ -822,9 +822,14 @@ class Worker:
         """Write a transaction and set its result. A separate thread runs this function."""
         try:
             with self.commit_tracker.track("commit"):
-                # The ids are compared after the records were read, so all of them are of the topic whose offsets are committed.
-                self.topic_guard.verify_since(max(item.read_at for item in transaction.items))
-                self.writer.commit(transaction.outputs, transaction.offsets, consumer=self.consumer, epochs=transaction.epochs)
+                self.writer.commit(
+                    transaction.outputs,
+                    transaction.offsets,
+                    consumer=self.consumer,
+                    epochs=transaction.epochs,
+                    # The ids are compared after the records were read, so all of them are of the topic whose offsets are committed.
+                    before_commit=partial(self.topic_guard.verify_since, max(item.read_at for item in transaction.items)),
+                )
         except BaseException as error:  # the thread that polls raises the error
             transaction.result.set_exception(error)
         else:

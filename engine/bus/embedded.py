@@ -423,7 +423,10 @@ class EmbeddedWriter:
         *,
         consumer: object = None,
         epochs: Mapping[TopicPartition, int] | None = None,
+        before_commit: Callable[[], None] | None = None,
     ) -> None:
+        if before_commit:
+            before_commit()
         records_by_partition = self.bus.group_by_partition(outputs)
         with self.connection.transaction() as db:
             self.check_fence(db)

@@ -582,31 +582,36 @@ def _make_topic_options(spec: TopicSpec) -> dict[str, Any]:
 
 
 def _send_records(producer: kafka.KafkaProducer, prefix: str, records: Sequence[ProducerRecord]) -> list[Any]:
-    """Give records to the client, and return their futures. The caller must check all of them (`require_delivered`).
+    """Give records to the client, start to send them, and return their futures. `require_delivered` must follow.
 
-    `send` looks up the partition in the metadata, and adds it to the transaction, once more for each record. That takes half of its
-    time. So it gets only the first record of a partition. The others go to the same buffer of the client directly. If the client
-    fails between two records, the later ones have futures that fail.
+    `send` looks up the partition in the metadata, adds it to the transaction and wakes up the client's thread, once more for each
+    record. That takes half of its time. So it gets only the first record of each partition. The others go to the same buffer of the
+    client directly. If the client fails between two records, the later ones have futures that fail.
     """
-    futures, partitions = [], dict[tuple[str, int | None], KafkaTopicPartition]()
+    futures, remaining = [], list[tuple[KafkaTopicPartition, ProducerRecord]]()
+    partitions = dict[tuple[str, int], KafkaTopicPartition]()
     for record in records:
-        headers, partition = list(record.headers), partitions.get((record.topic, record.partition))
+        partition = None if record.partition is None else partitions.get((record.topic, record.partition))
         if partition:
-            future, is_full, is_new, _ = producer._accumulator.append(partition, None, record.key, record.value, headers)
-            if is_full or is_new:
-                producer._sender.wakeup()
-            futures.append(future)
+            remaining.append((partition, record))
             continue
-        topic = prefix + record.topic
+        topic, headers = prefix + record.topic, list(record.headers)
         futures.append(producer.send(topic, key=record.key, value=record.value, headers=headers, partition=record.partition))
         if record.partition is not None:  # otherwise the client chooses a partition for each record
             partitions[record.topic, record.partition] = KafkaTopicPartition(topic, record.partition)
+    append = producer._accumulator.append
+    futures += [append(tp, None, record.key, record.value, list(record.headers))[0] for tp, record in remaining]
+    producer._accumulator.begin_flush()
+    producer._sender.wakeup()
     return futures
 
 
 def require_delivered(producer: kafka.KafkaProducer, futures: Sequence[Any]) -> None:
-    """Raise an error if a send failed. A commit can succeed although a send failed (see the module docstring)."""
-    producer.flush(timeout=_FLUSH_TIMEOUT_S)
+    """Wait for the sends of `_send_records`, and raise an error if one failed.
+
+    A commit can succeed although a send failed (see the module docstring).
+    """
+    producer._accumulator.await_flush_completion(timeout=_FLUSH_TIMEOUT_S)
     for future in futures:
         future.get(timeout=0)
 
@@ -649,6 +654,7 @@ class KafkaWriter:
         *,
         consumer: object = None,
         epochs: Mapping[TopicPartition, int] | None = None,
+        before_commit: Callable[[], None] | None = None,
     ) -> None:
         if not self.is_usable:
             raise CommitUncertain(
@@ -665,7 +671,7 @@ class KafkaWriter:
             }
         started = time.monotonic()
         try:
-            self.write_transaction(outputs, kafka_offsets, membership)
+            self.write_transaction(outputs, kafka_offsets, membership, before_commit)
         except _MEMBERSHIP_ERRORS as error:
             self.replace_producer()
             raise PartitionLost("the group has rebalanced without this member", type(error).__name__) from error
@@ -681,9 +687,21 @@ class KafkaWriter:
         outputs: Sequence[ProducerRecord],
         offsets: Mapping[KafkaTopicPartition, OffsetAndMetadata],
         membership: ConsumerGroupMetadata | None,
+        before_commit: Callable[[], None] | None,
     ) -> None:
+        """Write a transaction. The check runs while the log receives the outputs.
+
+        The offsets follow only after all outputs are delivered, because the client waits for them without a time limit, and does not
+        expire the outputs during this wait.
+        """
         self.producer.begin_transaction()
         futures = _send_records(self.producer, self.bus.prefix, outputs)
+        if before_commit:
+            try:
+                before_commit()
+            except BaseException:
+                self.replace_producer()
+                raise
         require_delivered(self.producer, futures)
         if offsets:
             self.producer.send_offsets_to_transaction(offsets, membership)

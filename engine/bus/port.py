@@ -11,7 +11,7 @@ The two implementations guarantee:
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -167,10 +167,12 @@ class Writer(Protocol):
         *,
         consumer: Consumer | None = None,
         epochs: Mapping[TopicPartition, int] | None = None,
+        before_commit: Callable[[], None] | None = None,
     ) -> None:
         """Write the outputs and the next offsets of the group in one transaction.
 
-        `epochs` are the assignment epochs of the partitions when the inputs were read. Errors:
+        `epochs` are the assignment epochs of the partitions when the inputs were read. `before_commit` is called before the commit,
+        while the outputs are on their way. If it raises an error, nothing is written, and this function raises the error. Errors:
 
         * PartitionLost is raised if an epoch is no longer current, or if the group is rebalancing. Nothing was written. Poll,
           then commit the partitions that are still assigned in the same epoch.

@@ -10,7 +10,7 @@ from engine.bus import open_bus
 from engine.bus.partitioner import choose_partition
 from engine.bus.port import ProducerRecord, TopicPartition
 from engine.bus.read import read_topic, read_values
-from engine.errors import PartitionLost, UsageError, WriterFenced
+from engine.errors import PartitionLost, TopicChanged, UsageError, WriterFenced
 from schemas.records import PolicyUpdate, Prompt, Response
 from schemas.topics import TopicSpec
 from tests.support.waiting import HANG_S
@@ -282,6 +282,27 @@ def test_records_move_exactly_once_while_members_join_and_leave(bus):
     for consumer, writer in members.values():
         consumer.close()
         writer.close()
+
+
+def test_nothing_is_written_if_the_check_before_the_commit_fails(bus):
+    bus.publish(make_records("in", range(20)))
+    consumer, writer = bus.open_consumer("g", ["in"], member="a"), bus.open_writer("g.a")
+    messages = []
+    poll_until(lambda: messages.extend(consumer.poll(0.2, 100)) or len(messages) == 20)
+    offsets = {TopicPartition("in", messages[0].partition): 1}
+
+    def fail():
+        raise TopicChanged("the topic in was created again", "", "")
+
+    with pytest.raises(TopicChanged):
+        writer.commit(make_records("out", range(10)), offsets, consumer=consumer, before_commit=fail)
+    assert read_numbers(bus, "out") == [] and bus.committed("g", ["in"]) == {}
+    calls = []
+    writer.commit(make_records("out", [7]), offsets, consumer=consumer, before_commit=lambda: calls.append(1))
+    poll_until(lambda: read_numbers(bus, "out") == [7])
+    assert calls == [1] and bus.committed("g", ["in"]) == offsets
+    consumer.close()
+    writer.close()
 
 
 def test_outputs_of_a_lost_partition_are_not_written(bus):

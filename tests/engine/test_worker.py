@@ -265,11 +265,13 @@ def test_model_works_while_a_transaction_is_open(bus):
         return echo(records)
 
     publish(bus, *(make_prompt(f"p{n:03}") for n in range(300)))
-    worker = make_worker(bus, work, limits=WorkerLimits(max_in_flight=20))
+    worker = make_worker(bus, work, limits=WorkerLimits(max_in_flight=60, max_uncommitted=40))
     release, num_open = block_commits(worker)
     with Host([worker]) as host:
-        # A worker that waits for the transaction processes 20 records.
-        wait_until(lambda: num_open and len(processed) >= 2 * 20, host)
+        # The transaction has at most the first batches. A worker that waits for it would process no others.
+        wait_until(lambda: num_open and len(processed) >= 40, host)
+        wait_until(lambda: worker.num_in_flight == 60, host)
+        assert len(processed) < 40 + 8 and worker.num_queued >= 60 - 48, "more records were finished than the limit allows"
         assert read_responses(bus) == []
         release.set()
         wait_until(lambda: len(read_responses(bus)) == 300, host)
@@ -324,8 +326,40 @@ def test_full_stage_stops_reading_at_its_limit(bus):
         release.set()
         in_flight = []
         wait_until(lambda: in_flight.append(bounded.num_in_flight) or len(read_responses(bus)) == 300)
-        assert max(in_flight) <= 3 * 20  # those that are processed, and twice as many that only wait for a transaction
+        assert max(in_flight) <= 20
     assert len(read_responses(bus)) == 300
+
+
+def test_records_that_wait_for_a_retry_are_bounded(bus, monkeypatch):
+    """A record fails and waits. The records of its partition after it cannot be committed, and a crash would repeat them."""
+    monkeypatch.setattr("engine.worker.compute_backoff", lambda attempts: HANG_S)
+    finished = []
+
+    def work(records):
+        if any(record.messages[0].content == "p000" for record in records):
+            raise ValueError("fails")
+        finished.extend(record.messages[0].content for record in records)
+        return echo(records)
+
+    bus.publish([to_producer_record(make_prompt(f"p{n:03}"))._replace(partition=0) for n in range(100)])
+    worker = make_worker(bus, work, limits=WorkerLimits(max_uncommitted=16, max_attempts=2))
+    with Host([worker]) as host:
+        wait_until(lambda: len(finished) >= 16 and worker.num_queued == 100 - 1 - len(finished), host)
+        (item,) = worker.retry_queue
+        assert len(finished) < 16 + 8 and worker.take_batch() == [] and read_responses(bus) == []
+        item.retry_at = 0.0
+        wait_until(lambda: len(read_dead_letters(bus)) + len(read_responses(bus)) == 100, host)
+
+
+def test_limit_of_uncommitted_records_never_stops_the_stage(bus):
+    """The dead letters of one class are held until the other records are finished, so these must be processed."""
+    bus.publish([to_producer_record(make_prompt(f"p{n:02}"))._replace(partition=0) for n in range(30)])
+    work = fail_for(lambda text: text < "p05")
+    limits = WorkerLimits(max_uncommitted=2, max_attempts=1, max_consecutive_dead_letters=10)
+    run_until(
+        [make_worker(bus, work, batch=1, limits=limits)],
+        lambda: len(read_dead_letters(bus)) == 5 and len(read_responses(bus)) == 25,
+    )
 
 
 def test_executor_serves_the_later_stage_first(bus):
