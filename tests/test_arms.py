@@ -245,6 +245,29 @@ def test_budget_stops_before_a_step_that_does_not_fit(world, tmp_path):
     assert not (tmp_path / "small-sft-1.json").exists()
 
 
+def test_ifeval_can_be_added_to_a_finished_run(world, tmp_path, monkeypatch):
+    world = replace(world, model="smollm2")
+    measured = []
+
+    def measure(run):
+        measured.append(run.options.ifeval_limit)
+        run.progress.price["ifeval"] = 0.25
+
+    monkeypatch.setattr(ArmRun, "measure_ifeval", measure)
+    monkeypatch.setattr("benchmarks.arms.run.SEEDS", (1,))
+    arm = Arm("sft", "sft", world, lambda *_: PLAN[:1])
+    without, _ = run_once(world, tmp_path, arm)
+    options = replace(OPTIONS, ifeval="ifeval.jsonl", ifeval_limit=3)
+    result, lines = run_once(world, tmp_path, arm, options)
+    assert measured == [3] and [line for line in lines if "CPU time" in line] == lines[-1:] and "IFEval" in lines[-1]
+    assert result.price == without.price | {"ifeval": 0.25} and result.options["ifeval"] == "ifeval.jsonl"
+    assert (result.values, result.updates) == (without.values, without.updates)
+    assert run_once(world, tmp_path, arm, options) == (result, [])
+    for other in (OPTIONS, replace(options, ifeval_limit=4), replace(options, samples=2)):
+        with pytest.raises(UsageError, match="other options"):
+            run_once(world, tmp_path, arm, other)
+
+
 # Report
 
 

@@ -190,7 +190,7 @@ def _parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--ifeval",
         type=Path,
         metavar="FILE",
-        help="file of IFEval, to measure it with the base model and the last policy of the first seed",
+        help="file of IFEval, to measure it with the base model and the last policy of the first seed; a finished run is continued",
     )
     add("--ifeval-limit", type=_parse_count, metavar="N", default=40, help="prompts of IFEval [default: 40]")
     add(

@@ -169,16 +169,18 @@ def run_or_load(
     if arm is None:
         options = replace(options, limit=None, updates=None)  # the base model is not trained
     name = get_run_name(world, arm, seed)
-    saved = read_result(folder, name)
+    saved, wanted = read_result(folder, name), asdict(options)
     for begun in (saved, read_progress(folder, name)):
-        if begun and begun.options != asdict(options):
-            changed = [key for key, value in asdict(options).items() if begun.options.get(key) != value]
+        changed = {key for key, value in wanted.items() if begun.options.get(key) != value} if begun else set()
+        if not begun or (not begun.options["ifeval"] and changed <= {"ifeval", "ifeval_limit"}):
+            continue  # IFEval is the last step, so it can be added to a run that was finished without it
+        if changed:
             raise UsageError(
                 f"the run {name} in {folder} was begun with other options",
-                ", ".join(f"{key} was {begun.options.get(key)!r} and is {asdict(options)[key]!r}" for key in changed),
+                ", ".join(f"{key} was {begun.options.get(key)!r} and is {wanted[key]!r}" for key in sorted(changed)),
                 "give another folder: --data DIR",
             )
-    if saved:
+    if saved and saved.options == wanted:
         return saved
     (folder / name).mkdir(parents=True, exist_ok=True)
     base = world.get_base_folder(folder)
@@ -213,7 +215,8 @@ class ArmRun:
         self.store: Store = open_store(settings)
         self.trainer = Trainer(self.bus, self.store, settings, base, notify=report)
         self.acts = arm.plan(options.limit or world.num_prompts, options.updates or world.num_updates) if arm else []
-        self.progress = read_progress(self.folder.parent, self.name) or RunProgress(asdict(options))
+        self.progress = read_progress(self.folder.parent, self.name) or RunProgress({})
+        self.progress.options = asdict(options)
         self.rows = world.sample_rows(seed, sum(act.num_prompts for act in self.acts)) if self.acts else []
         self.steps = list(self.list_steps())
         self.progress.num_steps = len(self.steps)
