@@ -503,12 +503,12 @@ def _make_worker(
         run_id=run_id,
         instance=instance,
         limits=WorkerLimits(
-            options.max_in_flight,
-            options.max_bytes,
-            options.max_uncommitted,
-            options.max_attempts,
-            options.retry_timeout_s,
-            options.max_consecutive_dead_letters,
+            max_in_flight=options.max_in_flight,
+            max_in_flight_bytes=options.max_bytes,
+            max_uncommitted=options.max_uncommitted,
+            max_attempts=options.max_attempts,
+            retry_timeout_s=options.retry_timeout_s,
+            max_consecutive_dead_letters=options.max_consecutive_dead_letters,
         ),
         journal=CrashJournal(
             settings.folder / "journal" / f"{run_id}.{stage.name}",

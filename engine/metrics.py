@@ -156,6 +156,12 @@ def collect_worker_metrics(worker: Worker) -> Iterator[MetricSample]:
         labels,
     )
     yield MetricSample("charter_pauses_total", "Pauses because a dependency was unavailable.", worker.num_pauses, labels)
+    yield MetricSample(
+        "charter_retry_waits_total",
+        "Records for whose next attempt the whole stage waited (worker.max_uncommitted).",
+        worker.num_waits_for_retry,
+        labels,
+    )
     yield MetricSample("charter_batches_total", "Batches that the stage has processed.", worker.num_batches, labels)
     yield MetricSample("charter_batch_seconds_total", "Seconds spent processing batches.", worker.batch_seconds, labels)
     yield MetricSample(

@@ -530,7 +530,7 @@ class WorkerSettings(_Section):
     max_uncommitted: int = Field(
         768,
         ge=1,
-        description="Maximum number of records that one stage has finished but not yet committed. A crash repeats their model calls.",
+        description="Maximum number of records that one stage processes, or has finished but not yet committed. A crash repeats their model calls.",
     )
     max_bytes: int = Field(
         64 * 1024 * 1024,

@@ -94,9 +94,9 @@ class Stage:
 class WorkerLimits:
     """Limits on the records that a worker holds and on its retries. Times are in seconds.
 
-    `max_in_flight` and `max_in_flight_bytes` are the limits of the records that are read and not committed. A crash repeats the
-    records that are finished and not committed, with their model calls. `max_uncommitted` is the limit of these. They wait for a
-    transaction, or for an unfinished record before them.
+    `max_in_flight` and `max_in_flight_bytes` are the limits of the records that are read and not committed. `max_uncommitted` is the
+    limit of those that are also in a batch or finished. A crash repeats their model calls. Finished records wait for a transaction,
+    or for an unfinished record before them.
     """
 
     max_in_flight: int = 1024
@@ -267,6 +267,8 @@ class Worker:
         self.progress = threading.Event()  # set when a batch or a transaction has ended
         self.queues: dict[str, deque[InFlightRecord]] = {topic: deque() for topic in stage.inputs}
         self.retry_queue: list[InFlightRecord] = []  # records that wait for their next attempt
+        self.awaited_retry: InFlightRecord | None = None  # the last one for which the whole stage waited
+        self.num_waits_for_retry = 0
         if journal:
             journal.clear_committed(bus.committed(self.group, stage.inputs))
         self.poison_candidates = journal.crash_counts() if journal else {}
@@ -561,15 +563,40 @@ class Worker:
         return []
 
     def must_wait_for_commit(self) -> bool:
-        """Return whether so many records are finished and not committed that no batch may start. The caller must hold
-        `executor.condition`.
+        """Return whether no batch may start because of `max_uncommitted`. The caller must hold `executor.condition`.
 
         A batch may start if nothing else leads to a commit: then the finished records wait for the head of the queue.
         """
-        num_finished = sum(item.outputs is not None for items in self.in_flight_records.values() for item in items)
-        if num_finished + self.num_processing < self.limits.max_uncommitted:
+        limit = self.limits.max_uncommitted
+        if self.num_in_flight < limit:  # the usual case; no need to count the finished ones
             return False
-        return bool(self.num_processing or self.retry_queue or self.transaction or self.get_finished_prefixes())
+        num_finished = sum(item.outputs is not None for items in self.in_flight_records.values() for item in items)
+        if num_finished + self.num_processing < limit:
+            return False
+        if self.num_processing or self.transaction or self.get_finished_prefixes():
+            return True
+        if any(queue and queue[0].attempts for queue in self.queues.values()):  # the time of a retry has come
+            return False
+        if self.retry_queue:
+            self.report_wait_for_retry(num_finished)
+        return bool(self.retry_queue)
+
+    def report_wait_for_retry(self, num_finished: int) -> None:
+        """Log and count that the stage waits for the retry of a record, once for each record."""
+        item = min(self.retry_queue, key=lambda item: item.retry_at)
+        if item is self.awaited_retry:
+            return
+        self.awaited_retry = item
+        self.num_waits_for_retry += 1
+        logger.warning(
+            "%s waits up to %.1f s for the next attempt of %s: %d finished records cannot be committed before it"
+            " (worker.max_uncommitted)",
+            self.stage.name,
+            max(0.0, item.retry_at - time.monotonic()),
+            format_coordinates(item.consumer_record),
+            num_finished,
+            extra=self.make_log_extra(item),
+        )
 
     def take_from_queue(self, queue: deque[InFlightRecord]) -> list[InFlightRecord]:
         """Remove the next batch from a queue. Records that are held (engine/pacing.py) stay in the queue, in their order."""

@@ -67,7 +67,7 @@ class Budget:
 
 @dataclass(frozen=True)
 class RunOptions:
-    """The options that change the result of a run. A result with other options is never mixed with these.
+    """The options that change the result of a run. A result with other options is never mixed with these, but IFEval can be added.
 
     `limit` is the number of prompts of an update, or None for that of the world. `overrides` are changed settings.
     """

@@ -330,13 +330,13 @@ def test_full_stage_stops_reading_at_its_limit(bus):
     assert len(read_responses(bus)) == 300
 
 
-def test_records_that_wait_for_a_retry_are_bounded(bus, monkeypatch):
-    """A record fails and waits. The records of its partition after it cannot be committed, and a crash would repeat them."""
+def test_records_that_wait_for_a_retry_are_bounded(bus, monkeypatch, caplog):
+    """Two records fail and wait. The records of their partition after them cannot be committed, and a crash would repeat them."""
     monkeypatch.setattr("engine.worker.compute_backoff", lambda attempts: HANG_S)
     finished = []
 
     def work(records):
-        if any(record.messages[0].content == "p000" for record in records):
+        if any(record.messages[0].content in ("p000", "p001") for record in records):
             raise ValueError("fails")
         finished.extend(record.messages[0].content for record in records)
         return echo(records)
@@ -344,11 +344,16 @@ def test_records_that_wait_for_a_retry_are_bounded(bus, monkeypatch):
     bus.publish([to_producer_record(make_prompt(f"p{n:03}"))._replace(partition=0) for n in range(100)])
     worker = make_worker(bus, work, limits=WorkerLimits(max_uncommitted=16, max_attempts=2))
     with Host([worker]) as host:
-        wait_until(lambda: len(finished) >= 16 and worker.num_queued == 100 - 1 - len(finished), host)
-        (item,) = worker.retry_queue
+        wait_until(lambda: len(finished) >= 16 and worker.num_queued == 100 - 2 - len(finished), host)
+        wait_until(lambda: worker.num_waits_for_retry == 1, host)
+        first, second = sorted(worker.retry_queue, key=lambda item: item.consumer_record.offset)
         assert len(finished) < 16 + 8 and worker.take_batch() == [] and read_responses(bus) == []
-        item.retry_at = 0.0
+        assert sum("finished records cannot be committed before it" in line for line in caplog.messages) == 1
+        second.retry_at = 0.0  # it need not wait for the other retry
+        wait_until(lambda: worker.num_dead_letters == 1, host)
+        first.retry_at = 0.0
         wait_until(lambda: len(read_dead_letters(bus)) + len(read_responses(bus)) == 100, host)
+        assert len(read_dead_letters(bus)) == 2
 
 
 def test_limit_of_uncommitted_records_never_stops_the_stage(bus):
