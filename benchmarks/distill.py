@@ -24,7 +24,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -132,19 +132,23 @@ def _train_charter(task: DistillTask, **more: Any) -> Any:
 
 
 def _time_charter(task: DistillTask) -> float:
-    """Make one update. Return its CPU seconds without the loading of models and libraries."""
+    """Make one update. Return its CPU seconds without the loading of models, tokenizers and libraries."""
     from trainer import weights
     from trainer.learners import distill
 
-    load, loading_s = weights.load_policy, [0.0]
+    loading_s = [0.0]
 
-    def load_policy(folder: Path) -> Any:
-        started = time.process_time()
-        model = load(folder)
-        loading_s.append(time.process_time() - started)
-        return model
+    def measure(load: Callable[..., Any]) -> Callable[..., Any]:
+        def load_and_measure(*arguments: Any, **named: Any) -> Any:
+            started = time.process_time()
+            loaded = load(*arguments, **named)
+            loading_s.append(time.process_time() - started)
+            return loaded
 
-    weights.load_policy = load_policy  # type: ignore[assignment]
+        return load_and_measure
+
+    for name in ("load_policy", "load_tokenizer"):
+        setattr(weights, name, measure(getattr(weights, name)))
     assert distill.weights is weights
     started = time.process_time()
     _train_charter(task)

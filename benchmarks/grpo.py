@@ -8,7 +8,8 @@ of completions in one optimizer step and in one pass are the same. A round begin
 policy. Charter loads the policy as the respond stage does, samples, makes one GRPO update and writes a checkpoint, which the next
 round loads. trl samples and updates in one process and keeps all models in memory. The first round is a warm-up. Rates are per
 CPU second, so that other load on the machine does not change the ratio. The exit code is 1 if Charter samples and trains fewer than
-1.3 times the tokens of trl, or if the peak memory of its update is above that of PPO on the same rollouts.
+1.3 times the tokens of trl, or if the peak memory of its first round is above that of PPO. In the first round, both have the same
+completions. Later rounds have completions of other lengths.
 """
 
 from __future__ import annotations
@@ -49,12 +50,16 @@ class GRPOTask:
 
 @dataclass
 class Result:
-    """The CPU time in seconds and the sampled tokens of all rounds but the first, and the peak memory of the process in bytes."""
+    """The CPU time in seconds and the sampled tokens of all rounds but the first, and the peak memory of the process in bytes.
+
+    `first_peak_bytes` is the peak memory after the first round of Charter's learners, which sample the same completions in it.
+    """
 
     generate_s: float = 0.0
     update_s: float = 0.0
     num_tokens: int = 0
     peak_bytes: int = 0
+    first_peak_bytes: int = 0
 
 
 def compute_reward(token_ids: list[int]) -> float:
@@ -106,6 +111,8 @@ def _run_charter(task: GRPOTask, learner: str) -> Result:
                 result.generate_s += sampled - started
                 result.update_s += time.process_time() - sampled
                 result.num_tokens += sum(len(r.token_ids) for r in rollouts)
+            else:
+                result.first_peak_bytes = measure_peak_bytes()
     return result
 
 
@@ -212,8 +219,8 @@ def main() -> int:
     own, other = (r.num_tokens / (r.generate_s + r.update_s) for r in (charter, trl))
     print(f"\nGRPO, sampling and update: {own / other:.2f} to 1 (goal {_MIN_SPEEDUP}); the update alone:"
           f" {charter.num_tokens / charter.update_s / (trl.num_tokens / trl.update_s):.2f} to 1; peak memory in relation to PPO:"
-          f" {charter.peak_bytes / ppo.peak_bytes:.2f}")  # fmt: skip
-    return 0 if own / other >= _MIN_SPEEDUP and charter.peak_bytes <= 1.02 * ppo.peak_bytes else 1
+          f" {charter.first_peak_bytes / ppo.first_peak_bytes:.2f} in the first round")  # fmt: skip
+    return 0 if own / other >= _MIN_SPEEDUP and charter.first_peak_bytes <= ppo.first_peak_bytes else 1
 
 
 if __name__ == "__main__":

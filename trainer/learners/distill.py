@@ -24,8 +24,8 @@ The implementation differs from these in the following points, for these reasons
     each step. The result is the same. With `top_k`, the log-probabilities themselves are kept.
  3. The prompts of the teacher begin with the same constitution. This common prefix is computed once per update. The student's
     prompts of a micro-batch often begin with the same system message, which is computed once per pass, with its gradient.
- 4. The output layer of the student is applied to `_CHUNK_TOKENS` tokens at a time, forward and backward. Memory therefore holds
-    the logits of one chunk, for any micro-batch.
+ 4. The output layer of the student is applied to `_OUTPUT_TOKENS` tokens at a time, forward and backward. Memory therefore holds
+    the logits of so many tokens, for any micro-batch. The divergence is computed for `_CHUNK_TOKENS` of them at a time.
  5. A completion may be a few versions old. The loss is defined for any completion, so stale completions have no importance
     weights.
  6. Before the first step, the teacher's own effect is measured: the KL of the teacher to the reference policy without the
@@ -81,7 +81,8 @@ from trainer.weights import Hardware
 
 Divergence = Literal["forward_kl", "reverse_kl", "jsd"]
 _TITLE = "self-distillation"
-_CHUNK_TOKENS = 64
+_OUTPUT_TOKENS = 256  # the output layer is applied to this number of tokens at a time
+_CHUNK_TOKENS = 64  # divergences are computed for this number of tokens at a time
 _MAX_EFFECT_ROLLOUTS = 32  # the effect of the teacher is measured on a quarter of the completions, and at most on this number
 _MAX_GRAD_NORM = 1.0
 _KL_WINDOW = 64  # kl_update is averaged over this number of rollouts, as in PPO
@@ -271,13 +272,17 @@ def _measure_teacher_effect(
     return {"teacher_effect": kl / num_tokens, "teacher_changed_tokens": num_changed / num_tokens}
 
 
-def _compute_distributions(
-    model: PolicyModel | _OutputLayer, states: torch.Tensor, temperature: float | torch.Tensor
-) -> torch.Tensor:
+def _compute_distributions(output_layer: _OutputLayer, states: torch.Tensor, temperature: float | torch.Tensor) -> torch.Tensor:
     """Return the log-probabilities (N, V) of the next token, from hidden states (N, H)."""
-    with model.hardware.autocast():
-        logits = model.compute_logits(states)
-    return torch.log_softmax(logits / temperature, dim=-1)
+    with output_layer.hardware.autocast():
+        logits = output_layer.compute_logits(states)
+    return _compute_logprobs(logits, temperature)
+
+
+def _compute_logprobs(logits: torch.Tensor, temperature: float | torch.Tensor) -> torch.Tensor:
+    """Return the log-probabilities (N, V) of logits (N, V). The temperature is one number or has shape (N, 1)."""
+    is_one = bool((torch.as_tensor(temperature) == 1.0).all())  # saves a pass over the logits
+    return torch.log_softmax(logits if is_one else logits / temperature, dim=-1)
 
 
 def require_teacher_effect(effect: dict[str, float], config: DistillConfig) -> None:
@@ -488,33 +493,73 @@ def _compute_states_and_gradient(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the hidden states (tokens, H) of a micro-batch and the gradient of the loss with respect to them.
 
-    Accumulate the gradients of the output layer, and add the metrics to `sums`. The gradient of each chunk ends at the states.
-    The caller continues the gradients of all chunks into the trunk at once.
+    Accumulate the gradients of the output layer, and add the metrics to `sums`. The gradient of each part ends at the states.
+    The caller continues the gradients of all parts into the trunk at once.
     """
     is_token = padded.completion_mask.bool()
-    token_ids, temperatures = padded.completion_ids[is_token], padded.temperatures[is_token.nonzero()[:, 0], None]
-    teacher = batch.teacher.select_rows(rows)
     old_logprobs, ref_logprobs = (x[rows][is_token] for x in (batch.old_logprobs, batch.ref_logprobs))
-    base_logprobs = None if batch.base_logprobs is None else batch.base_logprobs[rows][is_token]
+    tokens = _MicroBatch(
+        batch.teacher.select_rows(rows),
+        padded.completion_ids[is_token],
+        padded.temperatures[is_token.nonzero()[:, 0], None],
+        old_logprobs,
+        ref_logprobs,
+        None if batch.base_logprobs is None else batch.base_logprobs[rows][is_token],
+    )
     with model.hardware.autocast():
         states = model.compute_completion_states(padded)
     leaf = states.detach().requires_grad_()
-    for start in range(0, len(leaf), _CHUNK_TOKENS):
-        chunk = slice(start, start + _CHUNK_TOKENS)
-        student = _compute_distributions(model, leaf[chunk], temperatures[chunk])
-        divergence = teacher.compare(chunk, student, temperatures[chunk], config)
-        (divergence.sum() / num_tokens).backward()
-        with torch.no_grad():
-            logp = student.gather(-1, token_ids[chunk, None])[:, 0]
-            token_metrics = {
-                "loss": divergence.detach(),
-                "entropy": -(student.exp() * student).sum(-1),
-                "kl_update": estimate_update_kl(old_logprobs[chunk], logp),
-                "kl_ref": estimate_policy_kl(logp, ref_logprobs[chunk], old_logprobs[chunk]),
-            }
-            if base_logprobs is not None:
-                token_metrics["kl_base"] = estimate_policy_kl(logp, base_logprobs[chunk], old_logprobs[chunk])
-        for name, value in token_metrics.items():
-            sums[name] = sums.get(name, 0.0) + float(value.sum())
+    for start in range(0, len(leaf), _OUTPUT_TOKENS):
+        with model.hardware.autocast():
+            logits = model.compute_logits(leaf[start : start + _OUTPUT_TOKENS])
+        # The backward pass of the output layer does not read the logits, so their gradient takes their place.
+        values = logits.detach()
+        for first in range(0, len(values), _CHUNK_TOKENS):
+            chunk = values[first : first + _CHUNK_TOKENS]
+            position = slice(start + first, start + first + len(chunk))
+            chunk.copy_(_compute_logit_gradient(chunk, position, tokens, config, num_tokens, sums))
+        logits.backward(values)
     assert leaf.grad is not None, "a micro-batch has tokens"
     return states, leaf.grad
+
+
+@dataclass(frozen=True)
+class _MicroBatch:
+    """These are the values of all completion tokens of a micro-batch. All tensors but `temperatures` (tokens, 1) have shape (tokens,)."""
+
+    teacher: TeacherTargets
+    token_ids: torch.Tensor
+    temperatures: torch.Tensor
+    old_logprobs: torch.Tensor
+    ref_logprobs: torch.Tensor
+    base_logprobs: torch.Tensor | None
+
+
+def _compute_logit_gradient(
+    logits: torch.Tensor,
+    position: slice,
+    tokens: _MicroBatch,
+    config: DistillConfig,
+    num_tokens: float,
+    sums: dict[str, float],
+) -> torch.Tensor:
+    """Return the gradient (N, V) of the loss with respect to the logits at some of the tokens. Add the metrics to `sums`."""
+    logits = logits.clone().requires_grad_()
+    temperatures, old_logprobs = tokens.temperatures[position], tokens.old_logprobs[position]
+    student = _compute_logprobs(logits, temperatures)
+    divergence = tokens.teacher.compare(position, student, temperatures, config)
+    (gradient,) = torch.autograd.grad(divergence.sum() / num_tokens, logits)
+
+    student = student.detach()
+    logp = student.gather(-1, tokens.token_ids[position, None])[:, 0]
+    token_metrics = {
+        "loss": divergence.detach(),
+        "entropy": -(student.exp() * student).sum(-1),
+        "kl_update": estimate_update_kl(old_logprobs, logp),
+        "kl_ref": estimate_policy_kl(logp, tokens.ref_logprobs[position], old_logprobs),
+    }
+    if tokens.base_logprobs is not None:
+        token_metrics["kl_base"] = estimate_policy_kl(logp, tokens.base_logprobs[position], old_logprobs)
+    for name, value in token_metrics.items():
+        sums[name] = sums.get(name, 0.0) + float(value.sum())
+    return gradient
