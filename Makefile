@@ -20,7 +20,7 @@ demo: set-up ## Run the whole loop once, with a small real model
 
 test: export OMP_NUM_THREADS = 1
 test: set-up ## Run all tests, in six processes (many tests wait for brokers and for killed processes)
-	@$(BIN)/python -m pytest -q -n 6 --dist worksteal
+	@$(BIN)/python -m pytest -q -n 4 --dist worksteal
 
 lint: set-up ## Format, lint, types, imports, schema evolution
 	@$(BIN)/ruff format --check .

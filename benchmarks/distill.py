@@ -131,7 +131,7 @@ def _train_charter(task: DistillTask, **more: Any) -> Any:
     return distill.train(policy, policy, examples, config, hardware=hardware, **more)
 
 
-def _time_charter(task: DistillTask) -> float:
+def time_charter(task: DistillTask) -> float:
     """Make one update. Return its CPU seconds without the loading of models, tokenizers and libraries."""
     from trainer import weights
     from trainer.learners import distill
@@ -197,7 +197,7 @@ def _run_contestant(name: str, task: DistillTask) -> dict[str, float]:
 
     torch.set_num_threads(task.num_threads)
     if name == "charter":
-        elapsed = _time_charter(task)
+        elapsed = time_charter(task)
     else:
         elapsed = _train_trl(task)
     return {"cpu_s": elapsed, "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}

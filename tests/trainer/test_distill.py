@@ -8,6 +8,7 @@ from functools import partial
 import pytest
 import torch
 
+from benchmarks import distill as benchmark
 from constitutions.loader import load_constitution, parse_constitution
 from engine import checkpoints, constitution_prompts
 from engine.errors import TrainingFailed, UsageError
@@ -310,14 +311,20 @@ def test_distillation_learns_the_distributions_of_the_teacher(steep, examples, t
 def test_shared_prefix_chunks_and_micro_batches_change_only_rounding(steep, examples, monkeypatch):
     results, num_prefixes, compute_prefix = [], [], PolicyModel.compute_prefix
     monkeypatch.setattr(PolicyModel, "compute_prefix", lambda *a: num_prefixes.append(1) or compute_prefix(*a))
-    variants = [(EXACT, 5, 64), (weights.Hardware(5, False, "fp32"), 1000, 3), (weights.Hardware(1, True, "fp32"), 5, 7)]
-    for hardware, min_prefix, chunk in variants:
+    variants = [
+        (EXACT, 5, 64, 256),
+        (weights.Hardware(5, False, "fp32"), 1000, 3, 256),
+        (weights.Hardware(5, False, "fp32"), 1000, 3, 11),
+        (weights.Hardware(1, True, "fp32"), 5, 7, 5),
+    ]
+    for hardware, min_prefix, num_chunk_tokens, num_output_tokens in variants:
         monkeypatch.setattr("trainer.learners.rollouts._MIN_PREFIX_TOKENS", min_prefix)
-        monkeypatch.setattr(distill, "_CHUNK_TOKENS", chunk)
+        monkeypatch.setattr(distill, "_CHUNK_TOKENS", num_chunk_tokens)
+        monkeypatch.setattr(distill, "_OUTPUT_TOKENS", num_output_tokens)
         num_prefixes.append(0)
         results.append(distill.train(steep, steep, examples, FAST, hardware=hardware)[1])
     # One test of the model, the teacher's prefix, that of the reference, and one in each of three steps; then only the test.
-    assert "".join(map(str, num_prefixes)) == "0" + 6 * "1" + "0" + 1 * "1" + "0"
+    assert "".join(map(str, num_prefixes)) == "0" + 6 * "1" + 2 * "01" + "0"
     for metrics in results[1:]:
         assert metrics == pytest.approx(results[0], rel=2e-3, abs=1e-5)
 
@@ -404,6 +411,15 @@ def test_prompt_that_is_too_long_for_the_model_is_refused(steep, examples):
     with pytest.raises(UsageError, match=r"have 500\d tokens") as error:
         train(steep, steep, long, FAST)
     assert "distill.num_principles" in str(error.value)
+
+
+def test_benchmark_measures_an_update(steep, examples, monkeypatch):
+    for name in ("load_policy", "load_tokenizer"):
+        monkeypatch.setattr(weights, name, getattr(weights, name))  # the benchmark replaces them
+    rollouts = [example.rollout for example in examples]
+    completions = tuple((list(r.token_ids), list(r.logprobs), r.ends_with_eos) for r in rollouts)
+    task = benchmark.DistillTask(str(steep), tuple(PROMPTS), completions, "be brief", 1, learning_rate=1e-6)
+    assert benchmark.time_charter(task) > 0
 
 
 def test_completion_metrics_have_the_names_of_trl():
