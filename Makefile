@@ -19,8 +19,8 @@ demo: set-up ## Run the whole loop once, with a small real model
 	@$(BIN)/charter demo
 
 test: export OMP_NUM_THREADS = 1
-test: set-up ## Run all tests, in four processes (many tests wait for brokers and for killed processes)
-	@$(BIN)/python -m pytest -q -n 4 --dist worksteal
+test: set-up ## Run all tests, in six processes (many tests wait for brokers and for killed processes)
+	@$(BIN)/python -m pytest -q -n 6 --dist worksteal
 
 lint: set-up ## Format, lint, types, imports, schema evolution
 	@$(BIN)/ruff format --check .
