@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -29,6 +28,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from benchmarks.memory import measure_peak_bytes
 from constitutions.loader import load_constitution, parse_constitution
 from engine.models.interface import Generation, GenerationRequest
 from schemas.records import ChatMessage
@@ -200,7 +200,7 @@ def _run_contestant(name: str, task: DistillTask) -> dict[str, float]:
         elapsed = time_charter(task)
     else:
         elapsed = _train_trl(task)
-    return {"cpu_s": elapsed, "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
+    return {"cpu_s": elapsed, "peak_mib": measure_peak_bytes() / 2**20}
 
 
 def _compare(num_prompts: int, num_completions: int, max_tokens: int) -> int:

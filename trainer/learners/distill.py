@@ -25,7 +25,7 @@ The implementation differs from these in the following points, for these reasons
  3. The prompts of the teacher begin with the same constitution. This common prefix is computed once per update. The student's
     prompts of a micro-batch often begin with the same system message, which is computed once per pass, with its gradient.
  4. The output layer of the student is applied to `_OUTPUT_TOKENS` tokens at a time, forward and backward. Memory therefore holds
-    the logits of so many tokens, for any micro-batch. The divergence is computed for `_CHUNK_TOKENS` of them at a time.
+    the logits of this number of tokens, for any micro-batch. The divergence is computed for `_CHUNK_TOKENS` of them at a time.
  5. A completion may be a few versions old. The loss is defined for any completion, so stale completions have no importance
     weights.
  6. Before the first step, the teacher's own effect is measured: the KL of the teacher to the reference policy without the
@@ -276,10 +276,10 @@ def _compute_distributions(output_layer: _OutputLayer, states: torch.Tensor, tem
     """Return the log-probabilities (N, V) of the next token, from hidden states (N, H)."""
     with output_layer.hardware.autocast():
         logits = output_layer.compute_logits(states)
-    return _compute_logprobs(logits, temperature)
+    return _compute_log_softmax(logits, temperature)
 
 
-def _compute_logprobs(logits: torch.Tensor, temperature: float | torch.Tensor) -> torch.Tensor:
+def _compute_log_softmax(logits: torch.Tensor, temperature: float | torch.Tensor) -> torch.Tensor:
     """Return the log-probabilities (N, V) of logits (N, V). The temperature is one number or has shape (N, 1)."""
     is_one = bool((torch.as_tensor(temperature) == 1.0).all())  # saves a pass over the logits
     return torch.log_softmax(logits if is_one else logits / temperature, dim=-1)
@@ -546,7 +546,7 @@ def _compute_logit_gradient(
     """Return the gradient (N, V) of the loss with respect to the logits at some of the tokens. Add the metrics to `sums`."""
     logits = logits.clone().requires_grad_()
     temperatures, old_logprobs = tokens.temperatures[position], tokens.old_logprobs[position]
-    student = _compute_logprobs(logits, temperatures)
+    student = _compute_log_softmax(logits, temperatures)
     divergence = tokens.teacher.compare(position, student, temperatures, config)
     (gradient,) = torch.autograd.grad(divergence.sum() / num_tokens, logits)
 
