@@ -6,6 +6,7 @@
     |   +-- QueryTimeout            a query took longer than its time limit
     +-- DependencyUnreachable       exit code 3: an external dependency is unavailable; a stage pauses and loses no records
     |   +-- BusUnreachable
+    |   +-- OffsetsUnstable
     |   +-- ModelUnreachable
     |   +-- SchemaRegistryUnreachable
     |   +-- StoreBusy
@@ -74,6 +75,10 @@ class DependencyUnreachable(CharterError):
 
 class BusUnreachable(DependencyUnreachable):
     """The log (Kafka or embedded) is unreachable."""
+
+
+class OffsetsUnstable(DependencyUnreachable):
+    """Kafka does not return committed offsets, because a transaction with offsets of the same partition has not ended."""
 
 
 class ModelUnreachable(DependencyUnreachable):

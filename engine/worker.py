@@ -34,7 +34,7 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from engine.backoff import compute_backoff
-from engine.bus.port import Bus, ConsumerRecord, Offsets, ProducerRecord, TopicPartition
+from engine.bus.port import Bus, ConsumerRecord, Offsets, ProducerRecord, TopicPartition, Writer
 from engine.crash_journal import CrashCount, CrashJournal
 from engine.dead_letters import make_dead_letter
 from engine.erasures import ErasedPrompts
@@ -306,8 +306,11 @@ class Worker:
         # The epochs of the partitions whose start is being looked up, and the result.
         self.pending_starts: tuple[Offsets, Future[dict[TopicPartition, PartitionStart]]] | None = None
         self.seen_keys: dict[TopicPartition, set[bytes]] = {}
-        self.writer = bus.open_writer(f"{self.group}.{instance}")
+        self.writer = self.open_writer()
         executor.workers.append(self)
+
+    def open_writer(self) -> Writer:
+        return self.bus.open_writer(f"{self.group}.{self.instance}", topics=self.stage.outputs, group=self.group)
 
     def run(self, stop: threading.Event) -> None:
         """Poll and commit until `stop`. Then commit the finished records."""
@@ -830,6 +833,9 @@ class Worker:
             self.note_result(transaction)
         if self.commit_uncertain and self.transaction is None:
             self.resolve_uncertain_commit()
+        if self.transaction is None:
+            with self.call_tracker.track("ending a hanging transaction"):
+                self.writer.end_hanging_transaction()
         if self.transaction is None and (prefixes := self.get_finished_prefixes()):
             self.start_transaction(prefixes)
 
@@ -977,7 +983,7 @@ class Worker:
         with self.call_tracker.track("resolving an uncertain commit"):
             with suppress(CommitUncertain):
                 self.writer.close()
-            self.writer = self.bus.open_writer(f"{self.group}.{self.instance}")
+            self.writer = self.open_writer()
             self.drop_committed({tp: committed.offset for tp, committed in self.consumer.committed().items()})
         self.commit_uncertain = False
 

@@ -134,7 +134,8 @@ class FileProducer:
         # Each input has one writer. A second producer of the same file fences the first one, so no row is published twice. Open
         # the writer before the offset is read. This fences an earlier producer, so that it cannot change the offset any more.
         run_start = ensure_run_start(self.bus, self.run_id)
-        writer = self.bus.open_writer(f"produce.{offset.record_id if offset else f'{self.run_id}.stdin'}")
+        name = f"produce.{offset.record_id if offset else f'{self.run_id}.stdin'}"
+        writer = self.bus.open_writer(name, topics=[Prompt.topic, self.kind, ProducerOffset.topic])
         offset = self.load_latest_offset(offset) if offset else None
         start = offset.next_line if offset else first_row
         report.num_already_read = start - first_row

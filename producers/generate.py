@@ -243,7 +243,7 @@ class PromptGenerator:
         """Open the writer, which fences an earlier generator. Then read the position and all prompts on the log."""
         self.run_start: StartPositions = ensure_run_start(self.bus, self.run_id)
         with self.call_tracker.track("opening the writer"):
-            writer = self.bus.open_writer(f"generate.{self.run_id}")
+            writer = self.bus.open_writer(f"generate.{self.run_id}", topics=[Prompt.topic, ProducerOffset.topic])
         try:
             self.read_log()
         except BaseException:

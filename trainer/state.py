@@ -87,7 +87,7 @@ class TrainingLog:
 
     def open(self) -> None:
         """Open a writer. The next `read_state` reads the log from its beginning."""
-        self.writer: Writer = self.bus.open_writer(_WRITER_NAME)
+        self.writer: Writer = self.bus.open_writer(_WRITER_NAME, topics=[record.topic for record in _STATE_RECORDS])
         self.topic_guard = TopicGuard(self.bus, self.bus.topic_ids([record.topic for record in _STATE_RECORDS]))
         self.records: dict[type[Record], list[Any]] = {record: [] for record in _STATE_RECORDS}
         self.tail = TopicTail(self.bus, *(record.topic for record in _STATE_RECORDS))

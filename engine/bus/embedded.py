@@ -366,7 +366,7 @@ class EmbeddedBus:
             groups.setdefault((topic, partition), []).append(record)
         return groups
 
-    def open_writer(self, transactional_id: str) -> EmbeddedWriter:
+    def open_writer(self, transactional_id: str, *, topics: Sequence[str] = (), group: str = "") -> EmbeddedWriter:
         return EmbeddedWriter(self, self.prefix + transactional_id)
 
     def open_consumer(self, group: str, topics: Sequence[str], *, member: str, hold_new: bool = False) -> EmbeddedConsumer:
@@ -435,6 +435,9 @@ class EmbeddedWriter:
                 self.check_leases(db, consumer, {tp: consumer.epochs.get(tp) for tp in offsets} | dict(epochs or {}))
                 self.store_offsets(db, consumer.group, offsets)
             self.bus.append_records(db, records_by_partition)
+
+    def end_hanging_transaction(self) -> None:
+        """Do nothing: a transaction of SQLite is written as a whole."""
 
     def check_fence(self, db: sqlite3.Connection) -> None:
         (epoch,) = db.execute("SELECT epoch FROM writers WHERE id = ?", [self.transactional_id]).fetchone()

@@ -35,6 +35,12 @@ from kafka.coordinator.assignors.cooperative_sticky import CooperativeStickyAssi
 from kafka.structs import ConsumerGroupMetadata, MemberState, OffsetAndMetadata
 from kafka.structs import TopicPartition as KafkaTopicPartition
 
+from engine.bus.hanging_transactions import (
+    ConnectionWatch,
+    commit_empty_transaction,
+    find_hanging_partitions,
+    is_last_transaction_committed,
+)
 from engine.bus.login import require_login
 from engine.bus.port import (
     CommittedOffset,
@@ -46,7 +52,16 @@ from engine.bus.port import (
     make_group_active_error,
     omit_old_topics,
 )
-from engine.errors import BusUnreachable, CommitUncertain, LoginRejected, OffsetsLost, PartitionLost, UsageError, WriterFenced
+from engine.errors import (
+    BusUnreachable,
+    CommitUncertain,
+    LoginRejected,
+    OffsetsLost,
+    OffsetsUnstable,
+    PartitionLost,
+    UsageError,
+    WriterFenced,
+)
 from schemas.topics import DEAD_LETTER_OVERHEAD_BYTES, MAX_RECORD_BYTES, TopicSpec
 
 if TYPE_CHECKING:
@@ -476,8 +491,8 @@ class KafkaBus:
     def erase_values(self, topics: Sequence[str], identifiers: Collection[bytes]) -> int:
         return 0  # Kafka cannot delete single records of these topics
 
-    def open_writer(self, transactional_id: str) -> KafkaWriter:
-        return KafkaWriter(self, self.prefix + transactional_id)
+    def open_writer(self, transactional_id: str, *, topics: Sequence[str] = (), group: str = "") -> KafkaWriter:
+        return KafkaWriter(self, self.prefix + transactional_id, topics, self.prefix + group if group else "")
 
     def open_consumer(self, group: str, topics: Sequence[str], *, member: str, hold_new: bool = False) -> KafkaConsumer:
         self.list_partitions(topics)  # raise the error for an unknown topic now, not at the first poll
@@ -628,13 +643,15 @@ def _close_producer(producer: kafka.KafkaProducer, timeout_s: float = _CLOSE_TIM
 class KafkaWriter:
     """Writes transactions under one transactional id. A new writer resolves the open transaction and fences older writers."""
 
-    def __init__(self, bus: KafkaBus, transactional_id: str) -> None:
-        self.bus, self.transactional_id = bus, transactional_id
+    def __init__(self, bus: KafkaBus, transactional_id: str, topics: Sequence[str], group: str) -> None:
+        self.bus, self.transactional_id, self.topics, self.group = bus, transactional_id, topics, group
         self.is_usable = True
         self.producer = self.open_producer()
 
     def open_producer(self) -> kafka.KafkaProducer:
         with _translate_errors(self.bus.client_options):
+            bus, transactional_id = self.bus, self.transactional_id
+            was_committed = bus.call_with_retry(lambda: is_last_transaction_committed(bus.admin, transactional_id))
             producer = open_client_producer(
                 self.bus.client_options,
                 transactional_id=self.transactional_id,
@@ -642,10 +659,41 @@ class KafkaWriter:
             )
             try:
                 producer.init_transactions()
+                if was_committed:
+                    self.commit_hanging_partitions(producer, self.find_hanging_partitions(producer))
             except BaseException:
                 _close_producer(producer)
                 raise
+        self.connection_watch = ConnectionWatch(producer)
         return producer
+
+    def find_hanging_partitions(self, producer: kafka.KafkaProducer) -> list[KafkaTopicPartition]:
+        partitions = self.bus.list_partitions(self.bus.fetch_topic_metadata(self.topics))
+        producer_id = producer._transaction_manager.producer_id_and_epoch.producer_id
+        return self.bus.call_with_retry(lambda: find_hanging_partitions(self.bus.admin, partitions, producer_id))
+
+    def commit_hanging_partitions(self, producer: kafka.KafkaProducer, partitions: Sequence[KafkaTopicPartition]) -> None:
+        """End the last transaction of the producer again: in these partitions, and for the offsets of the group."""
+        if partitions:
+            names = ", ".join(f"{tp.topic}[{tp.partition}]" for tp in partitions)
+            logger.warning(
+                "%s commits again, because the broker has lost the end of a transaction: %s", self.transactional_id, names
+            )
+        if partitions or self.group:
+            commit_empty_transaction(producer, partitions, self.group)
+
+    def end_hanging_transaction(self) -> None:
+        if not self.is_usable or not self.connection_watch.has_lost_connection():
+            return
+        with _translate_errors(self.bus.client_options):
+            partitions = self.find_hanging_partitions(self.producer)
+        started = time.monotonic()
+        try:
+            self.commit_hanging_partitions(self.producer, partitions)
+        except (errors.KafkaError, RuntimeError) as error:
+            self.is_usable = False
+            raise self.classify_failure(error, time.monotonic() - started) from error
+        self.connection_watch.restart()
 
     def commit(
         self,
@@ -661,6 +709,7 @@ class KafkaWriter:
                 "the outcome of the last commit of this writer is unknown", "only a new writer can resolve the transaction"
             )
         self.bus.check_topics(outputs)
+        self.end_hanging_transaction()
         membership, kafka_offsets = None, {}
         if offsets:
             assert isinstance(consumer, KafkaConsumer), "offsets need the consumer of their group"
@@ -834,7 +883,8 @@ class KafkaConsumer:
 
     def __init__(self, bus: KafkaBus, group: str, topics: Sequence[str], member: str, hold_new: bool = False) -> None:
         self.bus, self.hold_new = bus, hold_new
-        run_id, _, stage = group.removeprefix(bus.prefix).rpartition(".")
+        self.group = group.removeprefix(bus.prefix)
+        run_id, _, stage = self.group.rpartition(".")
         self.lost_offsets_remedy = (
             f"to continue without these records, type: charter offsets set --run {run_id} --stage {stage} --to earliest"
         )
@@ -977,12 +1027,23 @@ class KafkaConsumer:
             }
 
     def committed(self) -> dict[TopicPartition, CommittedOffset]:
-        with _translate_errors(self.bus.client_options):
-            entries = {
-                tp: self.client.committed(self.bus.to_kafka_partition(tp), metadata=True, timeout_ms=_REQUEST_TIMEOUT_MS)
-                for tp in self.epochs.by_partition
-            }
+        entries = {tp: self.fetch_committed(tp) for tp in list(self.epochs.by_partition)}
         return {tp: _parse_committed(entry) for tp, entry in entries.items() if entry is not None}
+
+    def fetch_committed(self, partition: TopicPartition) -> OffsetAndMetadata | None:
+        with _translate_errors(self.bus.client_options):
+            try:
+                return self.client.committed(
+                    self.bus.to_kafka_partition(partition), metadata=True, timeout_ms=_REQUEST_TIMEOUT_MS
+                )
+            except errors.KafkaTimeoutError:
+                self.bus.list_committed(self.group, [partition.topic])  # raises the error, if the broker is unreachable
+        raise OffsetsUnstable(
+            f"the committed offset of {partition.topic}[{partition.partition}] in the group {self.group} is not stable",
+            "a transaction with this offset has not ended",
+            f"wait until the broker aborts it, {_TRANSACTION_TIMEOUT_MS // 1000} s after it began; if it does not, look for a"
+            " transaction that hangs: kafka-transactions.sh find-hanging",
+        )
 
     def close(self) -> None:
         self.client.close(autocommit=False, timeout_ms=_CLOSE_TIMEOUT_MS)

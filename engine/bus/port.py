@@ -183,6 +183,16 @@ class Writer(Protocol):
         """
         ...
 
+    def end_hanging_transaction(self) -> None:
+        """Write the end of the last committed transaction again, if the log may have lost it.
+
+        A log can lose it when a broker ends. Then the records of the transaction cannot be read, and the committed offsets are not
+        stable, until this writer commits to the same partitions again. `commit` and `Bus.open_writer` call this method. A caller
+        that commits rarely should call it regularly. It costs nothing while the connections to the brokers last. The errors are
+        those of `commit`, and BusUnreachable.
+        """
+        ...
+
     def close(self) -> None: ...
 
 
@@ -256,7 +266,9 @@ class Bus(Protocol):
         """
         ...
 
-    def open_writer(self, transactional_id: str) -> Writer: ...
+    def open_writer(self, transactional_id: str, *, topics: Sequence[str] = (), group: str = "") -> Writer:
+        """Open a writer. It commits to these topics, and commits offsets of this group (see `Writer.end_hanging_transaction`)."""
+        ...
 
     def open_consumer(self, group: str, topics: Sequence[str], *, member: str, hold_new: bool = False) -> Consumer: ...
 

@@ -143,7 +143,7 @@ class UncertainWriter:
 
 def test_after_an_uncertain_commit_the_position_on_the_log_decides(bus, monkeypatch):
     outcomes, open_writer = [False, True, False], bus.open_writer
-    monkeypatch.setattr(bus, "open_writer", lambda name: UncertainWriter(open_writer(name), outcomes))
+    monkeypatch.setattr(bus, "open_writer", lambda name, **options: UncertainWriter(open_writer(name, **options), outcomes))
     run(make_generator(bus, limit=12))
     prompts = read_prompts(bus)
     assert len({prompt.prompt_id for prompt in prompts}) == len(prompts) == 12
