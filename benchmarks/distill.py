@@ -306,6 +306,10 @@ def main() -> int:
     if options.trial:
         _run_trial(options.max_tokens, options.learning_rate)
         return 0
+    if options.prompts * options.completions % DistillTask.batch_size:
+        parser.error(
+            f"--prompts times --completions must be a multiple of {DistillTask.batch_size}, because a step has so many completions"
+        )
     return _compare(options.prompts, options.completions, options.max_tokens)
 
 

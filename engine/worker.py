@@ -372,12 +372,13 @@ class Worker:
             except OffsetsLost:
                 self.topic_guard.verify()  # offsets of a deleted topic do not exist in the new topic
                 raise
+            read_at = time.monotonic()
             self.start_held_partitions()
         epochs = self.consumer.assignment()
         if epochs != self.epochs:
             self.drop_lost_partitions(epochs)
             self.epochs = epochs
-        items = [item for item in self.decode_records(consumer_records, epochs) if item.epoch >= 0]
+        items = [item for item in self.decode_records(consumer_records, epochs, read_at) if item.epoch >= 0]
         if self.stage.first_per_key:
             self.skip_duplicates(items)
         with self.executor.condition:
@@ -440,12 +441,12 @@ class Worker:
             self.num_duplicates += 1
 
     def decode_records(
-        self, consumer_records: Sequence[ConsumerRecord], epochs: Mapping[TopicPartition, int]
+        self, consumer_records: Sequence[ConsumerRecord], epochs: Mapping[TopicPartition, int], read_at: float
     ) -> list[InFlightRecord]:
         """Decode records. If decoding needs an unreachable dependency, seek back, so that the records are read again later."""
         try:
             self.erased_prompts.refresh()
-            return [self.decode_record(consumer_record, epochs) for consumer_record in consumer_records]
+            return [self.decode_record(consumer_record, epochs, read_at) for consumer_record in consumer_records]
         except DependencyUnreachable:
             for consumer_record in reversed(consumer_records):  # the last seek of each partition is to its first record
                 with suppress(PartitionLost):
@@ -485,13 +486,15 @@ class Worker:
             )
             self.executor.condition.notify_all()
 
-    def decode_record(self, consumer_record: ConsumerRecord, epochs: Mapping[TopicPartition, int]) -> InFlightRecord:
+    def decode_record(
+        self, consumer_record: ConsumerRecord, epochs: Mapping[TopicPartition, int], read_at: float
+    ) -> InFlightRecord:
         """Decode a record. If it cannot be decoded, make a dead letter.
 
         A record for another run or stage, or of an erased prompt, gets no outputs.
         """
         epoch = epochs.get(consumer_record.topic_partition, -1)
-        item = InFlightRecord(consumer_record, epoch, time.monotonic())
+        item = InFlightRecord(consumer_record, epoch, read_at)
         if dict(consumer_record.headers).get(TARGET_STAGE_HEADER, self.stage_header) != self.stage_header:
             item.outputs = []
             return item
@@ -674,9 +677,11 @@ class Worker:
             self.handle_failure(items, error)
         else:
             self.note_batch([result for result in results if not isinstance(result, CharterError)], time.monotonic() - started)
-            for item, item_outputs in zip(items, outputs, strict=True):
-                if not isinstance(item_outputs, CharterError):
-                    self.finish_record(item, self.trace(item.consumer_record, item_outputs, started_ns))
+            self.finish_records(
+                (item, self.trace(item.consumer_record, item_outputs, started_ns))
+                for item, item_outputs in zip(items, outputs, strict=True)
+                if not isinstance(item_outputs, CharterError)
+            )
             self.handle_record_errors(
                 [(item, error) for item, error in zip(items, outputs, strict=True) if isinstance(error, CharterError)],
                 has_successes=any(not isinstance(result, CharterError) for result in results),
@@ -707,17 +712,20 @@ class Worker:
                     with self.executor.condition:
                         self.consecutive_failures = []
 
-    def finish_record(self, item: InFlightRecord, outputs: list[ProducerRecord]) -> None:
-        """Set the outputs of a record. If an output is larger than MAX_RECORD_BYTES, make a dead letter instead."""
-        for output in outputs:
-            size = len(output.value or b"")
-            if size > MAX_RECORD_BYTES:
-                error = ValueError(f"the output record for {output.topic} has {size} bytes")
+    def finish_records(self, finished: Iterable[tuple[InFlightRecord, list[ProducerRecord]]]) -> None:
+        """Set the outputs of records. If an output is larger than MAX_RECORD_BYTES, make a dead letter instead."""
+        accepted = []
+        for item, outputs in finished:
+            oversized = next((output for output in outputs if len(output.value or b"") > MAX_RECORD_BYTES), None)
+            if oversized:
+                error = ValueError(f"the output record for {oversized.topic} has {len(oversized.value or b'')} bytes")
                 self.send_to_dead_letter(item, DeadLetterKind.TOO_LARGE, error)
-                return
-        item.is_erased = self.erased_prompts.covers(item.consumer_record)  # the prompt may have been erased in the meantime
+                continue
+            item.is_erased = self.erased_prompts.covers(item.consumer_record)  # the prompt may have been erased in the meantime
+            accepted.append((item, [] if item.is_erased else outputs))
         with self.executor.condition:
-            item.outputs = [] if item.is_erased else outputs
+            for item, outputs in accepted:
+                item.outputs = outputs
 
     def pause_stage(self, items: list[InFlightRecord], error: Exception) -> None:
         """Requeue a batch and pause the stage, because a dependency is unavailable. Each consecutive pause is longer."""
