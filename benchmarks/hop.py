@@ -48,7 +48,7 @@ from engine.bus import open_bus
 from engine.bus.kafka import make_consumer_options, make_producer_options
 from engine.bus.port import Bus, Offsets, ProducerRecord
 from engine.crash_journal import CrashJournal
-from engine.host import Host
+from engine.host import Host, reduce_garbage_collection
 from engine.worker import ModelExecutor, Stage, Worker, WorkerLimits, to_producer_record
 from schemas.codec import decode_record, encode_record
 from schemas.records import ChatMessage, Prompt, Record
@@ -198,6 +198,7 @@ def _run_stage(job: _StageJob) -> None:
 
     threading.Thread(target=read_commands, daemon=True).start()
     bus, process = open_bus(job.bus_address, prefix=job.prefix), psutil.Process() if job.reports_memory else None
+    reduce_garbage_collection()
     with tempfile.TemporaryDirectory() as folder:
         worker = _build_worker(job, bus, Path(folder), start.is_set)
         with Host([worker]) as host:

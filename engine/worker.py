@@ -573,18 +573,16 @@ class Worker:
 
         A batch may start if nothing else leads to a commit: then the finished records wait for the head of the queue.
         """
-        limit = self.limits.max_uncommitted
-        if self.num_in_flight < limit:  # the usual case; no need to count the finished ones
-            return False
-        num_finished = sum(item.outputs is not None for items in self.in_flight_records.values() for item in items)
-        if num_finished + self.num_processing < limit:
+        # All records in flight that do not wait for a batch are in a batch or finished.
+        num_uncommitted = self.num_in_flight - self.num_queued - len(self.retry_queue)
+        if num_uncommitted < self.limits.max_uncommitted:
             return False
         if self.num_processing or self.transaction or self.get_finished_prefixes():
             return True
         if any(queue and queue[0].attempts for queue in self.queues.values()):  # the time of a retry has come
             return False
         if self.retry_queue:
-            self.report_wait_for_retry(num_finished)
+            self.report_wait_for_retry(num_uncommitted)
         return bool(self.retry_queue)
 
     def report_wait_for_retry(self, num_finished: int) -> None:
@@ -722,7 +720,7 @@ class Worker:
                 self.send_to_dead_letter(item, DeadLetterKind.TOO_LARGE, error)
                 continue
             item.is_erased = self.erased_prompts.covers(item.consumer_record)  # the prompt may have been erased in the meantime
-            accepted.append((item, [] if item.is_erased else outputs))
+            accepted.append((item, [] if item.is_erased else self.address_outputs(item.consumer_record, outputs)))
         with self.executor.condition:
             for item, outputs in accepted:
                 item.outputs = outputs
@@ -794,7 +792,7 @@ class Worker:
             extra=self.make_log_extra(item),
         )
         with self.executor.condition:
-            item.outputs = [to_producer_record(dead_letter)]
+            item.outputs = self.address_outputs(item.consumer_record, [to_producer_record(dead_letter)])
             previous = self.consecutive_failures if failure_class == self.consecutive_failure_class else []
             self.consecutive_failures = [*previous, item]
             self.consecutive_failure_class = failure_class
@@ -836,22 +834,26 @@ class Worker:
 
     def commit(self) -> None:
         """Note the result of the last transaction, if it has ended. Then start a transaction with the finished prefixes."""
-        if self.transaction and self.transaction.result.done():
-            transaction, self.transaction = self.transaction, None
-            self.note_result(transaction)
-        if self.commit_uncertain and self.transaction is None:
-            self.resolve_uncertain_commit()
-        if self.transaction is None:
-            with self.call_tracker.track("ending a hanging transaction"):
-                self.writer.end_hanging_transaction()
-        if self.transaction is None and (prefixes := self.get_finished_prefixes()):
-            self.start_transaction(prefixes)
+        committed: list[InFlightRecord] = []
+        try:
+            if self.transaction and self.transaction.result.done():
+                transaction, self.transaction = self.transaction, None
+                committed = self.note_result(transaction)
+            if self.commit_uncertain and self.transaction is None:
+                self.resolve_uncertain_commit()
+            if self.transaction is None:
+                with self.call_tracker.track("ending a hanging transaction"):
+                    self.writer.end_hanging_transaction()
+                if prefixes := self.get_finished_prefixes():
+                    self.start_transaction(prefixes)
+        finally:
+            self.count_committed(committed)  # the next transaction does not wait for this
 
     def start_transaction(self, prefixes: Mapping[TopicPartition, Sequence[InFlightRecord]]) -> None:
         items = [item for prefix in prefixes.values() for item in prefix]
         self.transaction = OpenTransaction(
             items,
-            [output for item in items for output in self.address_outputs(item)],
+            [output for item in items for output in item.outputs or ()],
             {tp: prefix[-1].consumer_record.offset + 1 for tp, prefix in prefixes.items()},
             {tp: prefix[-1].epoch for tp, prefix in prefixes.items()},
         )
@@ -882,21 +884,21 @@ class Worker:
         if self.transaction:
             wait([self.transaction.result])
 
-    def note_result(self, transaction: OpenTransaction) -> None:
-        """Drop the records of a transaction that was committed. Raise its error, if the worker cannot handle it."""
+    def note_result(self, transaction: OpenTransaction) -> list[InFlightRecord]:
+        """Remove and return the records of a transaction that was committed. Raise its error, if the worker cannot handle it."""
         try:
             transaction.result.result()
         except CommitUncertain as error:
             logger.warning("%s reads its committed offsets again: %s", self.stage.name, error)
             self.commit_uncertain = True
-            return
+            return []
         except PartitionLost:
             self.drop_lost_partitions(self.consumer.assignment())
-            return
-        self.drop_committed(transaction.offsets)
+            return []
+        return self.remove_committed(transaction.offsets)
 
-    def drop_committed(self, offsets: Mapping[TopicPartition, int]) -> None:
-        """Drop and count the records below these committed offsets. They are those of one transaction."""
+    def remove_committed(self, offsets: Mapping[TopicPartition, int]) -> list[InFlightRecord]:
+        """Remove and return the records below these committed offsets."""
         committed: list[InFlightRecord] = []
         with self.executor.condition:
             for tp, offset in offsets.items():
@@ -906,6 +908,11 @@ class Worker:
                     item.is_dropped = True
                     self.in_flight_bytes -= item.num_bytes
                     committed.append(item)
+            self.executor.condition.notify_all()  # a thread of the executor may wait because of `max_uncommitted`
+        return committed
+
+    def count_committed(self, committed: Sequence[InFlightRecord]) -> None:
+        """Count the records of one transaction, and log them."""
         if not committed:
             return
         if logger.isEnabledFor(logging.INFO):
@@ -931,21 +938,20 @@ class Worker:
             logger.warning("%s skips the records of erased prompts, first %s", self.stage.name, coordinates)
         self.num_erased += len(erased)
 
-    def address_outputs(self, item: InFlightRecord) -> list[ProducerRecord]:
+    def address_outputs(self, consumer_record: ConsumerRecord, outputs: Sequence[ProducerRecord]) -> list[ProducerRecord]:
         """Return the outputs with their partitions, and with a header that names the input record."""
-        if not item.outputs:
+        if not outputs:
             return []
-        topic_id = self.consumer.topic_ids[item.consumer_record.topic]
-        source = make_source_header(self.stage.name, topic_id, item.consumer_record)
+        source = make_source_header(self.stage.name, self.consumer.topic_ids[consumer_record.topic], consumer_record)
         return [
             ProducerRecord(
                 output.topic,
                 output.key,
                 output.value,
                 (*output.headers, source),
-                self.run_start.choose_partition(output.topic, output.key, item.consumer_record),
+                self.run_start.choose_partition(output.topic, output.key, consumer_record),
             )
-            for output in item.outputs
+            for output in outputs
         ]
 
     def commit_idle_positions(self) -> None:
@@ -992,7 +998,8 @@ class Worker:
             with suppress(CommitUncertain):
                 self.writer.close()
             self.writer = self.open_writer()
-            self.drop_committed({tp: committed.offset for tp, committed in self.consumer.committed().items()})
+            offsets = {tp: committed.offset for tp, committed in self.consumer.committed().items()}
+            self.count_committed(self.remove_committed(offsets))
         self.commit_uncertain = False
 
 

@@ -21,7 +21,7 @@ from charter.starting_policy import describe_starting_policy, get_pinned_version
 from charter.startup import exit_if_abandoned, start_when_ready, wait_option
 from engine.bus.port import Bus
 from engine.bus.read import read_topic
-from engine.host import Host
+from engine.host import Host, reduce_garbage_collection
 from engine.settings import Settings
 from engine.stop_signals import stop_on_signals
 from engine.store import Store
@@ -107,6 +107,7 @@ def run(
     def start() -> tuple[Bus, Host, Settings]:
         bus = connect_bus(settings)
         try:
+            reduce_garbage_collection()
             run_settings = keep_starting_policy(settings, origins, bus) if builtin or custom else settings
             host = make_host(
                 run_settings,
