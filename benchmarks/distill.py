@@ -308,7 +308,7 @@ def main() -> int:
         return 0
     if options.prompts * options.completions % DistillTask.batch_size:
         parser.error(
-            f"--prompts times --completions must be a multiple of {DistillTask.batch_size}, because a step has so many completions"
+            f"--prompts times --completions must be a multiple of {DistillTask.batch_size}, the number of completions of a step"
         )
     return _compare(options.prompts, options.completions, options.max_tokens)
 

@@ -25,9 +25,9 @@ _EXECUTOR_SHUTDOWN_FRACTION = 0.6  # fraction of `shutdown_timeout_s`; the remai
 def reduce_garbage_collection() -> None:
     """Leave the objects that exist now out of garbage collection, and collect newer objects less often.
 
-    The libraries of a process have several 100,000 objects that live until its end, and each full collection visits them all. In
-    a stage this takes an eighth of the processor time of a record (`benchmarks.hop`). Call this once in a process that runs stages,
-    before models are opened: the weights of an old policy must still be collected.
+    The objects of the libraries live until the process ends, and each full collection visits them all, which slows a stage
+    (docs/performance.md). Call this once in a process that runs stages, before models are opened: the weights of an old policy
+    must still be collected.
     """
     gc.collect()
     gc.freeze()

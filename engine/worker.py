@@ -310,7 +310,8 @@ class Worker:
         executor.workers.append(self)
 
     def open_writer(self) -> Writer:
-        return self.bus.open_writer(f"{self.group}.{self.instance}", topics=self.stage.outputs, group=self.group)
+        topics = [*self.stage.outputs, DeadLetter.topic]
+        return self.bus.open_writer(f"{self.group}.{self.instance}", topics=topics, group=self.group)
 
     def run(self, stop: threading.Event) -> None:
         """Poll and commit until `stop`. Then commit the finished records."""

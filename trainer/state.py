@@ -31,11 +31,23 @@ from engine.topic_guard import TopicGuard
 from engine.weight_sync import get_served_model_name
 from engine.worker import to_producer_record
 from schemas.codec import decode_record
-from schemas.records import Allowance, BatchManifest, Incident, Pause, PolicyKind, PolicyUpdate, Record, RunManifest
+from schemas.records import (
+    Allowance,
+    BatchManifest,
+    DroppedRollout,
+    Incident,
+    Metric,
+    Pause,
+    PolicyKind,
+    PolicyUpdate,
+    Record,
+    RunManifest,
+)
 from trainer.methods import REWARD_PHASE, SFT_PHASE, is_rewarded
 
 _WRITER_NAME = "trainer"
 _STATE_RECORDS: tuple[type[Record], ...] = (PolicyUpdate, BatchManifest, Incident, Pause, RunManifest, Allowance)
+_PUBLISHED_RECORDS: tuple[type[Record], ...] = (*_STATE_RECORDS, DroppedRollout, Metric)
 
 
 @dataclass(frozen=True)
@@ -87,7 +99,7 @@ class TrainingLog:
 
     def open(self) -> None:
         """Open a writer. The next `read_state` reads the log from its beginning."""
-        self.writer: Writer = self.bus.open_writer(_WRITER_NAME, topics=[record.topic for record in _STATE_RECORDS])
+        self.writer: Writer = self.bus.open_writer(_WRITER_NAME, topics=[record.topic for record in _PUBLISHED_RECORDS])
         self.topic_guard = TopicGuard(self.bus, self.bus.topic_ids([record.topic for record in _STATE_RECORDS]))
         self.records: dict[type[Record], list[Any]] = {record: [] for record in _STATE_RECORDS}
         self.tail = TopicTail(self.bus, *(record.topic for record in _STATE_RECORDS))
